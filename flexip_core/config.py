@@ -1,0 +1,125 @@
+"""The self-description that travels in every FlexIP checkpoint (safetensors metadata `flexip.config`).
+
+The paper leaves depth, width and token counts open; they are fields here, with defaults taken from the public
+IP-Adapter-Plus recipe where the paper is silent.
+"""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+GATE_MODES = ("outputs", "tokens")
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The high-level encoder: an open_clip image tower whose projected [CLS] embedding is used.
+
+    `model` names an open_clip model. A tower that open_clip has no name for brings its own `vision_cfg`
+    (the arguments of open_clip's CLIPVisionCfg); `model` is then only a label.
+    """
+
+    model: str = "ViT-H-14"
+    width: int = 1024  # of the projected [CLS] embedding
+    vision_cfg: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class DinoConfig:
+    """The low-level encoder: a timm ViT whose normed patch tokens are used.
+
+    `image_size` is what the encoder is run at; position embeddings are resampled to it by timm's rule.
+    `args` overrides arguments of timm's model function (the mini encoders use it).
+    """
+
+    model: str = "vit_large_patch14_dinov2"
+    width: int = 1024  # of a patch token
+    image_size: int = 224
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    width: int = 768
+    depth: int = 4
+    heads: int = 12
+    dim_head: int = 64
+    ff_mult: int = 4
+
+
+@dataclass(frozen=True)
+class FlexIPConfig:
+    """Everything that rebuilds the network from nothing but the file.
+
+    `blocks` maps ComfyUI's address of each cross-attention ("input.1.0": block kind, number, transformer index) to its
+    inner width. `text_width` is the width of the base's text tokens and of all tokens that the adapters produce.
+    """
+
+    base: str
+    text_width: int
+    blocks: dict[str, int]
+    gate_mode: str = "outputs"
+    clip: ClipConfig = ClipConfig()
+    dino: DinoConfig = DinoConfig()
+    resampler: ResamplerConfig = ResamplerConfig()
+    detail_tokens: int = 16  # learned queries of the preservation adapter
+    semantic_tokens: int = 4  # the [CLS] embedding as queries of the preservation adapter
+    cls_tokens: int = 4  # the [CLS] embedding as context of the personalization adapter
+
+    def __post_init__(self) -> None:
+        if self.gate_mode not in GATE_MODES:
+            raise ValueError(f"gate_mode must be one of {', '.join(GATE_MODES)}, got {self.gate_mode!r}.")
+        if not self.blocks:
+            raise ValueError("blocks is empty: a FlexIP checkpoint names at least one cross-attention block.")
+
+    @property
+    def preservation_tokens(self) -> int:
+        return self.detail_tokens + self.semantic_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> FlexIPConfig:
+        """Strict: unknown or missing fields and wrong types raise ValueError naming the field."""
+        return _build(cls, data, "flexip.config")
+
+
+_NESTED = {"clip": ClipConfig, "dino": DinoConfig, "resampler": ResamplerConfig}
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be an object, got {type(data).__name__}.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise ValueError(f"{where} has unknown fields: {', '.join(unknown)}.")
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - set(data))
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}.")
+    values = {}
+    for name, value in data.items():
+        if name in _NESTED and cls is FlexIPConfig:
+            values[name] = _build(_NESTED[name], value, f"{where}.{name}")
+            continue
+        _check_type(fields[name].type, value, f"{where}.{name}")
+        values[name] = value
+    return cls(**values)
+
+
+def _check_type(annotation: str, value: Any, where: str) -> None:
+    """`annotation` is the source text of one of the few annotations used above (postponed evaluation)."""
+    if annotation.startswith("int"):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{where} must be a whole number of at least 1, got {value!r}.")
+    elif annotation.startswith("str"):
+        if not isinstance(value, str):
+            raise ValueError(f"{where} must be text, got {value!r}.")
+    elif annotation == "dict[str, int]":
+        if not isinstance(value, dict) or not all(type(v) is int and v > 0 for v in value.values()):
+            raise ValueError(f"{where} must map names to whole numbers of at least 1, got {value!r}.")
+    elif not (isinstance(value, dict) or (value is None and annotation.endswith("None"))):
+        raise ValueError(f"{where} must be an object, got {value!r}.")

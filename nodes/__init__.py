@@ -1,0 +1,21 @@
+"""The nodes: convert, call flexip_core, return."""
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import ComfyExtension, io
+
+from . import files
+from .apply import ApplyFlexIPGate
+from .encode import EncodeReference
+from .load import LoadFlexIPAdapters
+from .sampler import FlexIPSampler
+
+files.register_folders()
+
+
+class FlexIPExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoadFlexIPAdapters, EncodeReference, ApplyFlexIPGate, FlexIPSampler]
+
+
+async def comfy_entrypoint() -> FlexIPExtension:
+    return FlexIPExtension()

@@ -1,0 +1,73 @@
+"""ApplyFlexIPGate: a model whose text cross-attentions also read the reference."""
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.v0_0_2 import io
+
+from ..flexip_core import unet
+from ..flexip_core.reference import Reference
+from ..flexip_core.run import Link
+from . import runtime
+from .load import LoadedAdapters
+from .types import CATEGORY, FlexIPAdapters, FlexIPReference
+
+NODE = "ApplyFlexIPGate"
+
+
+class ApplyFlexIPGate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=NODE,
+            display_name="Apply FlexIP Gate",
+            category=CATEGORY,
+            description="One gate between 'keep this subject' (1) and 'follow my prompt' (0). Works with every sampler; several can be chained.",
+            search_aliases=["ip-adapter", "ipadapter apply", "reference image", "identity", "subject", "gate"],
+            inputs=[
+                io.Model.Input("model", tooltip="SD1.5 or SDXL, the base that the adapters were made for."),
+                FlexIPAdapters.Input("adapters", tooltip="From Load FlexIP Adapters."),
+                FlexIPReference.Input("reference", tooltip="From Encode Reference."),
+                io.Float.Input("gate", default=0.6, min=0.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
+                               tooltip="1 keeps the subject as in the reference, 0 lets the prompt change it; everything between is continuous."),
+                io.Float.Input("strength", default=1.0, min=0.0, max=5.0, step=0.01, tooltip="How much the reference counts at all. 0 is the bare model."),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001, advanced=True, tooltip="Part of the sampling at which the reference begins to act."),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001, advanced=True, tooltip="Part of the sampling at which the reference stops to act."),
+            ],
+            outputs=[io.Model.Output("model", display_name="model", tooltip="The gated model, for any sampler.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, adapters: LoadedAdapters, reference: Reference, gate: float, strength: float, start_percent: float, end_percent: float) -> io.NodeOutput:
+        check_base(model, adapters)
+        check_reference(adapters, reference)
+        if start_percent >= end_percent:
+            raise ValueError(f"{NODE}: start_percent {start_percent:g} is not before end_percent {end_percent:g}, so the reference would never act. Set start_percent below end_percent.")
+        link = Link(adapters.network, adapters.patcher, reference, (gate,), strength, start_percent, end_percent, adapters.title, cls.hidden.unique_id)
+        return io.NodeOutput(runtime.attach(model, link))
+
+
+def check_base(model: Any, adapters: LoadedAdapters) -> None:
+    """Every cross-attention of the model must be one of the adapters' blocks, with the same widths, and the other way round."""
+    widths, text_width = unet.block_widths(model.model.diffusion_model)
+    name = type(model.model).__name__
+    if not widths:
+        raise ValueError(f"{NODE}: the model ({name}) is not a UNet with text cross-attentions. FlexIP works with SD1.5 and SDXL checkpoints; load one of those.")
+    wanted = adapters.network.block_widths
+    if widths != wanted or text_width != adapters.network.text_width:
+        raise ValueError(
+            f"{NODE}: {adapters.title} was made for {adapters.network.cfg.base} ({len(wanted)} cross-attention blocks, text {adapters.network.text_width} wide), "
+            f"but the model ({name}) has {len(widths)} blocks and text {text_width} wide. Use a checkpoint and adapters of the same base."
+        )
+
+
+def check_reference(adapters: LoadedAdapters, reference: Reference) -> None:
+    cfg = adapters.network.cfg
+    wanted = {"cls": cfg.clip.width, "patches": cfg.dino.width}
+    got = {key: value.shape[-1] for key, value in reference.features.items()}
+    if got != wanted:
+        raise ValueError(
+            f"{NODE}: {adapters.title} reads CLIP {wanted['cls']} and DINO {wanted['patches']} wide, but the reference was encoded with {reference.encoders} "
+            f"({', '.join(f'{key} {width}' for key, width in got.items())}). Wire the same adapters into Encode Reference."
+        )

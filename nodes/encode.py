@@ -1,0 +1,78 @@
+"""EncodeReference: pictures -> what the adapters read."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.v0_0_2 import io, ui
+
+from ..flexip_core import images
+from ..flexip_core.reference import Reference
+from . import encoders
+from .load import LoadedAdapters
+from .types import CATEGORY, FlexIPAdapters, FlexIPReference
+
+NODE = "EncodeReference"
+
+
+class EncodeReference(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=NODE,
+            display_name="Encode Reference",
+            category=CATEGORY,
+            description="Shows the reference picture to the image encoders. Several pictures (a batch or a list, sizes may differ) are one subject seen several times.",
+            search_aliases=["reference image", "clip vision encode", "ip-adapter encode", "identity"],
+            is_input_list=True,
+            inputs=[
+                FlexIPAdapters.Input("adapters", tooltip="From Load FlexIP Adapters: they decide which encoders are needed."),
+                io.Image.Input("image", tooltip="Reference picture(s), any size. An alpha channel counts as the subject mask."),
+                io.Combo.Input("crop", options=list(images.CROPS), default="center",
+                               tooltip="How the picture becomes a square: center cuts the middle; pad shows it whole with borders; squash shows it whole, distorted; subject cuts around the mask."),
+                io.Mask.Input("mask", optional=True, tooltip="White where the subject is; used by crop = subject. LoadImage's mask is white where the picture is transparent: invert it first."),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip="An already loaded CLIP encoder to use instead of the file."),
+                io.ClipVision.Input("dino", optional=True, tooltip="An already loaded DINOv2 encoder to use instead of the file."),
+            ],
+            outputs=[FlexIPReference.Output("reference", display_name="reference", tooltip="The encoded reference; wire it into Apply FlexIP Gate.")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def execute(cls, adapters: list[LoadedAdapters], image: list[torch.Tensor], crop: list[str], mask: list | None = None,
+                clip_vision: list | None = None, dino: list | None = None) -> io.NodeOutput:
+        loaded, clip_wire, dino_wire = adapters[0], _first(clip_vision), _first(dino)
+        cfg = loaded.network.cfg
+        clip_size = encoders.image_size(cfg.clip)
+        pairs = list(_pictures(image, mask))
+        seen = {size: torch.stack([_prepared(picture, m, crop[0], size) for picture, m in pairs]) for size in {clip_size, cfg.dino.image_size}}
+        cls_features, clip_from = encoders.features("clip_vision", cfg.clip, loaded.clip_path, clip_wire, seen[clip_size])
+        patches, dino_from = encoders.features("dino", cfg.dino, loaded.dino_path, dino_wire, seen[cfg.dino.image_size])
+        features = {"cls": cls_features, "patches": patches}
+        reference = Reference(
+            features=features,
+            null={name: torch.zeros_like(value) for name, value in features.items()},  # training drops to zeros, too
+            encoders=f"{cfg.clip.model} from {clip_from}, {cfg.dino.model} from {dino_from}",
+        )
+        return io.NodeOutput(reference, ui=ui.PreviewImage(seen[max(seen)], cls=None))
+
+
+def _first(values: list | None) -> Any:
+    return values[0] if values else None
+
+
+def _pictures(batches: list[torch.Tensor], masks: list | None):
+    """Every picture with its mask: masks are repeated where there are fewer, as ComfyUI does with batches."""
+    pictures = [picture for batch in batches for picture in batch]
+    flat = [m for batch in masks or [] if batch is not None for m in batch.reshape(-1, *batch.shape[-2:])]
+    if not pictures:
+        raise ValueError(f"{NODE}: expected at least one picture, got an empty batch. Connect an image.")
+    for number, picture in enumerate(pictures):
+        yield picture, flat[number % len(flat)] if flat else None
+
+
+def _prepared(picture: torch.Tensor, mask: torch.Tensor | None, crop: str, size: int) -> torch.Tensor:
+    try:
+        return images.prepare(picture, mask, crop, size)
+    except ValueError as error:
+        raise ValueError(f"{NODE}: {error}") from None

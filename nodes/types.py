@@ -1,0 +1,6 @@
+"""The private sockets, one object each, so that loader and consumer cannot drift apart."""
+from comfy_api.v0_0_2 import io
+
+CATEGORY = "FlexIP"
+FlexIPAdapters = io.Custom("FLEXIP_ADAPTERS")
+FlexIPReference = io.Custom("FLEXIP_REFERENCE")

@@ -1,0 +1,64 @@
+"""ComfyUI's TorchCompileModel node drops every guard on transformer_options: the picture to fear is a stale one."""
+import pytest
+import tiny
+import torch
+import torch._dynamo
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras import nodes_custom_sampler as custom
+from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+from flexip_pack.nodes import runtime
+from torch._dynamo.utils import counters
+
+P, N, M = tiny.cond(1), tiny.cond(2), tiny.cond(3)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model):
+    model = model.clone()
+    # the node's own options; backend "eager" traces and guards like inductor and compiles in a moment
+    set_torch_compile_wrapper(model, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
+    return model
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("mode", ["outputs", "tokens"])
+def test_compiled_picture_is_right_after_every_change_and_only_new_structures_compile(mode):
+    model = tiny.tiny_model()
+    network, longer = tiny.tiny_network(model, mode), tiny.tiny_reference(pictures=2)
+    reference = tiny.tiny_reference()
+    bare = compiled(model)
+
+    def new_graphs(attach, sample=lambda m: tiny.ksample(m, P, N)):
+        """Graphs that FlexIP on the compiled model needed; the picture must equal the eager one in both orders of the nodes."""
+        expected, before = sample(attach(model)), graphs()
+        assert tiny.relative_error(sample(attach(bare)), expected) < 1e-5
+        count = graphs() - before
+        assert tiny.relative_error(sample(compiled(attach(model))), expected) < 1e-5
+        assert tiny.relative_error(expected, sample(model)) > 1e-3
+        return count
+
+    def gate(value, reference=reference, **kwargs):
+        return lambda m: runtime.attach(m, tiny.link_for(network, reference, value, **kwargs))
+
+    assert tiny.relative_error(tiny.ksample(bare, P, N), tiny.ksample(model, P, N)) < 1e-5
+    assert new_graphs(gate(0.7)) > 0, "a graph compiled without FlexIP must not be used with it"
+    for value in (0.1, 0.0, 1.0):
+        assert new_graphs(gate(value)) == 0
+    assert new_graphs(gate(0.3, strength=0.5)) == 0
+    assert new_graphs(gate(0.7, reference=longer)) > 0
+    new_graphs(gate(0.7, start_percent=0.3, end_percent=0.8), lambda m: tiny.ksample(m, P, N, steps=4))
+    new_graphs(gate((0.0, 0.3, 0.6, 1.0)), lambda m: tiny.ksample(m, P, N, noise=tiny.noise_for(1).repeat(4, 1, 1, 1)))
+    new_graphs(gate(0.7), lambda m: tiny.guide(custom.DualCFGGuider.execute(m, P, M, N, 7.0, 5.0, "regular").args[0]))
+    before = graphs()
+    assert tiny.relative_error(tiny.ksample(bare, P, N), tiny.ksample(model, P, N)) < 1e-5
+    assert graphs() == before

@@ -1,0 +1,147 @@
+"""What is loaded when: projection before the UNet, nothing of the adapters needed during the steps."""
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
+import comfy.supported_models
+import pytest
+import tiny
+import torch
+from flexip_pack.flexip_core import unet
+from flexip_pack.flexip_core.adapters import FlexIPNetwork
+from flexip_pack.flexip_core.run import Link
+from flexip_pack.nodes import runtime
+
+P, N = tiny.cond(1), tiny.cond(2)
+MB = 2**20
+
+
+def real_config(base):
+    common = dict(image_size=32, in_channels=4, out_channels=4, model_channels=320, use_spatial_transformer=True, legacy=False,
+                  use_temporal_attention=False, dtype=torch.float32)
+    if base == "SD15":
+        return comfy.supported_models.SD15(dict(
+            common, num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4], transformer_depth=[1] * 6 + [0] * 2, transformer_depth_middle=1,
+            transformer_depth_output=[1] * 9 + [0] * 3, context_dim=768, use_linear_in_transformer=False, adm_in_channels=None))
+    return comfy.supported_models.SDXL(dict(
+        common, num_res_blocks=[2] * 3, channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10], transformer_depth_middle=10,
+        transformer_depth_output=[0] * 3 + [2] * 3 + [10] * 3, context_dim=2048, use_linear_in_transformer=True, adm_in_channels=2816, num_classes="sequential"))
+
+
+@pytest.mark.parametrize("base, blocks, text_width", [("SD15", 16, 768), ("SDXL", 70, 2048)])
+def test_all_cross_attentions_of_the_real_unets_are_found(base, blocks, text_width):
+    config = real_config(base)
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "", device=torch.device("meta"))
+    widths, text = unet.block_widths(model.diffusion_model)
+    assert len(widths) == blocks and text == text_width and "middle.0.0" in widths
+    assert widths["input.4.0"] == 640 and widths["middle.0.0"] == 1280
+
+
+class Budget:
+    """A device with little memory, on the CPU: cpu:0 is not "cpu" to the memory manager, and what is free follows from what is loaded."""
+
+    device = torch.device("cpu", 0)
+
+    def __init__(self):
+        self.total = 0
+        self.patchers = []
+
+    def patcher(self, module):
+        patcher = comfy.model_patcher.ModelPatcher(module, load_device=self.device, offload_device=tiny.CPU)
+        self.patchers.append(patcher)
+        return patcher
+
+    def free(self, device=None, torch_free_too=False):
+        left = self.total - sum(patcher.loaded_size() for patcher in self.patchers)
+        return (left, left) if torch_free_too else left
+
+
+@pytest.fixture
+def budget(monkeypatch):
+    budget = Budget()
+    faked = dict(get_free_memory=budget.free, is_device_cpu=lambda device: False, vram_state=mm.VRAMState.NORMAL_VRAM, EXTRA_RESERVED_VRAM=0,
+                 minimum_inference_memory=lambda: MB, soft_empty_cache=lambda *a, **k: None, current_loaded_models=[])
+    for name, value in faked.items():
+        monkeypatch.setattr(mm, name, value)
+    yield budget
+    for patcher in budget.patchers:
+        patcher.detach()
+
+
+def test_adapters_leave_for_the_unet_and_none_of_their_bytes_is_needed_during_the_steps(budget, monkeypatch):
+    plain = tiny.tiny_model()
+    expected = tiny.ksample(runtime.attach(plain, tiny.link_for(tiny.tiny_network(plain), tiny.tiny_reference())), P, N)
+
+    network = FlexIPNetwork(tiny.config_for(plain), operations=comfy.ops.manual_cast)
+    network.load_state_dict(tiny.tiny_network(plain).state_dict())
+    network.requires_grad_(False)
+    model, adapters = budget.patcher(plain.model), budget.patcher(network)
+    monkeypatch.setattr(plain.model, "memory_required", lambda *args, **kwargs: MB // 4)
+    # room for the UNet with its activations, but not for the adapters beside it
+    budget.total = model.model_size() + MB + adapters.model_size() // 2
+    projecting, stepping = [], []
+    monkeypatch.setattr(network, "project", lambda *args: (projecting.append(adapters.loaded_size()), FlexIPNetwork.project(network, *args))[1])
+    gated = runtime.attach(model, Link(network, adapters, tiny.tiny_reference(), (0.6,)))
+    got = tiny.ksample(gated, P, N, callback=lambda *args: stepping.append((adapters.loaded_size(), model.loaded_size())))
+    assert tiny.relative_error(got, expected) < 1e-5
+    assert len(projecting) == 4 and all(size == adapters.model_size() for size in projecting)
+    assert len(stepping) == 2 and all(size == (0, model.model_size()) for size in stepping)
+
+
+def test_a_second_run_with_another_gate_loads_no_adapter(monkeypatch):
+    model = tiny.tiny_model()
+    network, reference = tiny.tiny_network(model), tiny.tiny_reference()
+    loads = []
+    original = mm.load_models_gpu
+    monkeypatch.setattr(mm, "load_models_gpu", lambda models, *args, **kwargs: (loads.append([type(m.model).__name__ for m in models]), original(models, *args, **kwargs))[1])
+    tiny.ksample(runtime.attach(model, tiny.link_for(network, reference)), P, N)
+    assert loads == [["FlexIPNetwork"], ["BaseModel"]]
+    loads.clear()
+    tiny.ksample(runtime.attach(model, tiny.link_for(network, reference, 0.1)), P, N, seed=5)
+    assert loads == [["BaseModel"]]
+
+
+@pytest.mark.parametrize("base, most_mb", [("SD15", 6), ("SDXL", 40)])
+def test_keys_and_values_of_one_conditioning_are_small_at_half_precision(base, most_mb):
+    """Both adapters, 20 + 77 tokens: counted from the real bases' widths."""
+    config = real_config(base)
+    config.set_inference_dtype(torch.float32, None)
+    widths, _ = unet.block_widths(config.get_model({}, "", device=torch.device("meta")).diffusion_model)
+    total = sum(2 * 97 * width * 2 for width in widths.values())
+    assert total <= most_mb * MB
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensors_follow_the_models_dtype(dtype):
+    model = tiny.tiny_model(dtype)
+    network, reference = tiny.tiny_network(model), tiny.tiny_reference()
+    seen = set()
+
+    def spy(executor, *args, **kwargs):
+        seen.update(t.dtype for branches in args[5]["flexip"].values() for k, v, _ in branches for t in (k, v))
+        return executor(*args, **kwargs)
+
+    gated = runtime.attach(model, tiny.link_for(network, reference, (0.2, 0.8)))
+    gated.add_wrapper_with_key("apply_model", "spy", spy)
+    out = tiny.ksample(gated, P, N, noise=tiny.noise_for(2))
+    assert seen == {dtype} and torch.isfinite(out).all()
+
+
+def test_a_wrong_number_of_gates_is_a_sentence():
+    model = tiny.tiny_model()
+    gated = runtime.attach(model, tiny.link_for(tiny.tiny_network(model), tiny.tiny_reference(), (0.1, 0.2, 0.3)))
+    with pytest.raises(ValueError, match="3 gates for a batch of 2"):
+        tiny.ksample(gated, P, N, noise=tiny.noise_for(2))
+
+
+def test_nothing_of_the_cached_model_or_its_conditioning_changes():
+    model = tiny.tiny_model()
+    gated = runtime.attach(model, tiny.link_for(tiny.tiny_network(model), tiny.tiny_reference()))
+    positive, negative = tiny.cond(1), tiny.cond(2)
+    tiny.ksample(model, positive, negative)  # core notes on its modules that they were loaded
+    modules = {name: set(module.__dict__) for name, module in model.model.diffusion_model.named_modules()}
+    options = set(gated.model_options["transformer_options"])
+    tiny.ksample(gated, positive, negative)
+    assert {name: set(module.__dict__) for name, module in model.model.diffusion_model.named_modules()} == modules
+    assert set(gated.model_options["transformer_options"]) == options
+    assert positive[0][1] == {} and negative[0][1] == {}

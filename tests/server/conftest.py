@@ -1,0 +1,58 @@
+"""One real ComfyUI server, with the pack and the mini models, for all tests of this folder."""
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO / "scripts"))
+import environment  # noqa: E402
+from flexip_core import mini  # noqa: E402
+from server import ComfyServer  # noqa: E402
+
+PACK = "flexip"  # its folder's name in custom_nodes
+REFERENCE = "astronaut.png"  # in ComfyUI's input folder
+
+
+@pytest.fixture(scope="session")
+def comfyui_tree() -> Path:
+    tree = os.environ.get("COMFYUI_TREE", "")
+    if not Path(tree, "main.py").is_file():
+        raise pytest.UsageError("COMFYUI_TREE must name ComfyUI's folder. Run these tests with python3 scripts/test.py.")
+    return Path(tree)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's base folder: models, custom_nodes, input, output, user."""
+    return tmp_path_factory.mktemp("comfyui")
+
+
+@pytest.fixture(scope="session")
+def models(base: Path) -> Path:
+    """The server's models folder, with the mini models in it."""
+    mini.make_mini_models(base / "models")
+    return base / "models"
+
+
+@pytest.fixture(scope="session")
+def comfy(comfyui_tree: Path, base: Path, models: Path) -> Iterator[ComfyServer]:
+    import skimage.data
+
+    with ComfyServer(comfyui_tree, base, packs={PACK: REPO}) as server:
+        shutil.copyfile(Path(skimage.data.__file__).parent / REFERENCE, base / "input" / REFERENCE)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of a browser; without one the test is skipped, but not in CI."""
+    path = environment.find_browser()
+    if path is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(environment.NO_BROWSER)
+    return path

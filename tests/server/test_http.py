@@ -1,0 +1,124 @@
+"""The pack in a real ComfyUI server, over HTTP and websocket."""
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from conftest import PACK, REFERENCE, REPO
+from flexip_core import mini
+from PIL import Image
+from server import ComfyServer, PromptError
+from workflow import set_inputs, to_prompt
+
+WORKFLOWS = sorted((REPO / "workflows").glob("*.json"))
+NODES = ("LoadFlexIPAdapters", "EncodeReference", "ApplyFlexIPGate", "FlexIPSampler")
+
+
+def stock_prompt(**sampler: object) -> dict:
+    """Text to image with ComfyUI's own nodes and the mini base."""
+    settings = {"seed": 1, "steps": 2, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, **sampler}
+    links = {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0]}
+    return {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": mini.MINI_BASE}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a photo"}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "bad"}},
+        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 96, "batch_size": 1}},
+        "5": {"class_type": "KSampler", "inputs": {**links, **settings}},
+        "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
+        "7": {"class_type": "SaveImage", "inputs": {"images": ["6", 0], "filename_prefix": "test"}},
+    }
+
+
+def pictures(comfy: ComfyServer, outputs: dict) -> list[Image.Image]:
+    """Everything that the nodes of a run saved or previewed."""
+    files = [image for output in outputs.values() for image in output.get("images", [])]
+    return [Image.open(io.BytesIO(comfy.view(file))).convert("RGB") for file in files]
+
+
+def test_pack_is_imported(comfy: ComfyServer) -> None:
+    log = comfy.log_text()
+    assert "IMPORT FAILED" not in log and "Cannot import" not in log and "Error while calling comfy_entrypoint" not in log
+    assert f"seconds: {comfy.base / 'custom_nodes' / PACK}" in log
+
+
+def test_nodes_are_listed_with_a_tooltip_on_every_socket(comfy: ComfyServer) -> None:
+    object_info = comfy.get("/object_info")
+    for node_id in NODES:
+        info = object_info[node_id]
+        assert info["python_module"] == f"custom_nodes.{PACK}" and info["category"] == "FlexIP"
+        for group in ("required", "optional"):
+            for name, (_, options) in info["input"].get(group, {}).items():
+                assert options.get("tooltip"), f"{node_id}.{name}"
+        assert all(info["output_tooltips"]), node_id
+
+
+def test_stock_nodes_run_with_the_mini_base(comfy: ComfyServer) -> None:
+    run = comfy.run(stock_prompt())
+    [picture] = pictures(comfy, run.outputs)
+    assert picture.size == (64, 96)
+    assert len(set(picture.getdata())) > 500, "the picture is flat"
+    kinds = [message["type"] for message in run.messages]
+    assert "progress_state" in kinds and kinds[-1] == "execution_success"
+
+
+def test_refused_prompt_names_node_and_input(comfy: ComfyServer) -> None:
+    with pytest.raises(PromptError, match=r"KSampler \(5\).*sampler_name") as refused:
+        comfy.run(stock_prompt(sampler_name="no such sampler"))
+    assert refused.value.details["node_errors"]["5"]["errors"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_shipped_workflow_runs(comfy: ComfyServer, path: Path) -> None:
+    prompt = to_prompt(json.loads(path.read_text(encoding="utf-8")), comfy.get("/object_info"))
+    set_inputs(prompt, "CheckpointLoaderSimple", ckpt_name=mini.MINI_BASE)
+    set_inputs(prompt, "LoadFlexIPAdapters", preservation=mini.MINI_FLEXIP)
+    set_inputs(prompt, "LoadImage", image=REFERENCE)
+    run = comfy.run(prompt)
+    assert "progress" in {message["type"] for message in run.messages}
+    assert pictures(comfy, run.outputs)
+
+
+def test_workflows_are_listed_as_templates(comfy: ComfyServer) -> None:
+    assert sorted(comfy.get("/workflow_templates")[PACK]) == [path.stem for path in WORKFLOWS]
+
+
+def test_every_node_has_a_help_page(comfy: ComfyServer) -> None:
+    for node_id in NODES:
+        assert comfy.get_bytes(f"/extensions/{PACK}/docs/{node_id}.md").startswith(b"#"), node_id
+
+
+def test_import_is_cheap_and_touches_nothing(comfyui_tree: Path) -> None:
+    """Beyond ComfyUI's own imports: under 0.5 s, no heavy library, no GPU, no connection."""
+    script = """
+        import importlib.util, socket, sys, time
+        sys.path.insert(0, sys.argv[1])
+        repo = sys.argv[2]
+        sys.argv = [sys.argv[0], "--cpu"]
+        import comfy.options
+        comfy.options.enable_args_parsing()
+        import comfy.sd, comfy.sample, comfy_api.v0_0_2, folder_paths, latent_preview, nodes, torch
+        from comfy_execution import graph_utils
+
+        before = set(sys.modules)
+        def refuse(*args, **kwargs):
+            raise AssertionError("the import opens a connection")
+        socket.socket = socket.create_connection = refuse
+        start = time.perf_counter()
+        spec = importlib.util.spec_from_file_location("pack", repo + "/__init__.py", submodule_search_locations=[repo])
+        sys.modules["pack"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["pack"])
+        seconds = time.perf_counter() - start
+
+        heavy = {name.split(".")[0] for name in set(sys.modules) - before} & {"open_clip", "timm", "torchvision", "diffusers"}
+        assert not heavy, heavy
+        assert not torch.cuda.is_initialized()
+        assert seconds < 0.5, seconds
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(comfyui_tree), str(REPO)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=comfyui_tree)
+    assert done.returncode == 0, done.stderr[-3000:]
