@@ -48,20 +48,17 @@ def read_config(path: str | os.PathLike) -> FlexIPConfig:
     return _checked_config(read_header(path))
 
 
-def load_checkpoint(path: str | os.PathLike, operations: Any = nn, assign: bool = False) -> FlexIPNetwork:
-    """The network with the file's weights in the file's dtype.
+def load_checkpoint(path: str | os.PathLike, operations: Any = nn) -> FlexIPNetwork:
+    """The network with the file's weights, in the file's dtype, memory-mapped until they are used.
 
-    `assign` keeps the tensors as read (memory-mapped) instead of copying them. Raises ValueError in one sentence for a file
-    that is not a whole FlexIP checkpoint of this format.
+    Raises ValueError in one sentence for a file that is not a whole FlexIP checkpoint of this format.
     """
     header = read_header(path)
     cfg = _checked_config(header)
     tensors = read_tensors(path)
     with torch.device("meta"):
-        network = FlexIPNetwork(cfg, operations, dtype=next(iter(tensors.values())).dtype)
-    if not assign:
-        network = network.to_empty(device="cpu")
-    network.load_state_dict(tensors, strict=True, assign=assign)
+        network = FlexIPNetwork(cfg, operations)
+    network.load_state_dict(tensors, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 
 

@@ -44,7 +44,7 @@ class ApplyFlexIPGate(io.ComfyNode):
         check_reference(adapters, reference)
         if start_percent >= end_percent:
             raise ValueError(f"{NODE}: start_percent {start_percent:g} is not before end_percent {end_percent:g}, so the reference would never act. Set start_percent below end_percent.")
-        link = Link(adapters.network, adapters.patcher, reference, (gate,), strength, start_percent, end_percent, adapters.title, cls.hidden.unique_id)
+        link = Link(adapters.network, adapters.patcher, reference, (gate,), strength, start_percent, end_percent, adapters.title, cls.hidden.unique_id if cls.hidden else None)
         return io.NodeOutput(runtime.attach(model, link))
 
 

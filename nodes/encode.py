@@ -7,6 +7,7 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 
 from ..flexip_core import images
+from ..flexip_core.encoders import image_size
 from ..flexip_core.reference import Reference
 from . import encoders
 from .load import LoadedAdapters
@@ -43,11 +44,11 @@ class EncodeReference(io.ComfyNode):
                 clip_vision: list | None = None, dino: list | None = None) -> io.NodeOutput:
         loaded, clip_wire, dino_wire = adapters[0], _first(clip_vision), _first(dino)
         cfg = loaded.network.cfg
-        clip_size = encoders.image_size(cfg.clip)
+        clip_size = image_size(cfg.clip)
         pairs = list(_pictures(image, mask))
         seen = {size: torch.stack([_prepared(picture, m, crop[0], size) for picture, m in pairs]) for size in {clip_size, cfg.dino.image_size}}
-        cls_features, clip_from = encoders.features("clip_vision", cfg.clip, loaded.clip_path, clip_wire, seen[clip_size])
-        patches, dino_from = encoders.features("dino", cfg.dino, loaded.dino_path, dino_wire, seen[cfg.dino.image_size])
+        cls_features, clip_from = encoders.features("clip_vision", cfg.clip, loaded.clip_path, clip_wire, seen[clip_size], loaded.towers)
+        patches, dino_from = encoders.features("dino", cfg.dino, loaded.dino_path, dino_wire, seen[cfg.dino.image_size], loaded.towers)
         features = {"cls": cls_features, "patches": patches}
         reference = Reference(
             features=features,
@@ -72,7 +73,5 @@ def _pictures(batches: list[torch.Tensor], masks: list | None):
 
 
 def _prepared(picture: torch.Tensor, mask: torch.Tensor | None, crop: str, size: int) -> torch.Tensor:
-    try:
+    with encoders.named(NODE):
         return images.prepare(picture, mask, crop, size)
-    except ValueError as error:
-        raise ValueError(f"{NODE}: {error}") from None

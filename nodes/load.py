@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -19,13 +19,14 @@ NODE = "LoadFlexIPAdapters"
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapters:
-    """What travels on FLEXIP_ADAPTERS; shared by every node that reads it, so it never changes."""
+    """What travels on FLEXIP_ADAPTERS; shared by every node that reads it. Only `towers` fills up, with encoders once they are used."""
 
     title: str
     network: FlexIPNetwork
     patcher: comfy.model_patcher.ModelPatcher
     clip_path: str | None
     dino_path: str | None
+    towers: dict[str, comfy.model_patcher.ModelPatcher] = field(default_factory=dict)
 
 
 class LoadFlexIPAdapters(io.ComfyNode):
@@ -59,12 +60,14 @@ class LoadFlexIPAdapters(io.ComfyNode):
     def execute(cls, preservation: str, personalization: str, clip_vision: str, dino: str) -> io.NodeOutput:
         if personalization not in (files.AUTO, preservation):
             raise ValueError(f"{NODE}: {preservation} is a FlexIP file and holds both adapters; set personalization to {files.AUTO}.")
-        network = load_checkpoint(files.path_of(files.ADAPTER_FOLDER, preservation, NODE), operations=comfy.ops.manual_cast)
+        path = files.path_of(files.ADAPTER_FOLDER, preservation, NODE)
+        with encoders.named(NODE):
+            network = load_checkpoint(path, operations=comfy.ops.manual_cast)
         patcher = comfy.model_patcher.CoreModelPatcher(network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
         return io.NodeOutput(LoadedAdapters(
             title=preservation,
             network=network,
             patcher=patcher,
-            clip_path=encoders.resolve("clip_vision", clip_vision, network.cfg.clip, NODE),
-            dino_path=encoders.resolve("dino", dino, network.cfg.dino, NODE),
+            clip_path=encoders.resolve(clip_vision, network.cfg.clip, NODE),
+            dino_path=encoders.resolve(dino, network.cfg.dino, NODE),
         ))

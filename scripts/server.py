@@ -146,7 +146,7 @@ class ComfyServer:
         with self._websocket() as (client_id, received):
             messages = [received.get(timeout=60)]  # the server's greeting: from here on nothing is missed
             status, answer = self.post("/prompt", {"prompt": prompt, "client_id": client_id})
-            if status != 200:
+            if status != 200 or answer["node_errors"]:  # with 200 only some outputs are run
                 raise PromptError(_refusal(answer), answer)
             prompt_id = answer["prompt_id"]
             while messages[-1]["type"] not in FINAL:  # this client has no other prompt

@@ -1,16 +1,30 @@
-"""temporary"""
-import importlib.util, os, sys
+"""ComfyUI in this process, on the CPU, with the pack imported as `flexip_pack` (as ComfyUI imports it: not as `nodes`)."""
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
 from pathlib import Path
+
+import pytest
+
 REPO = Path(__file__).resolve().parents[2]
-sys.path = [os.environ["COMFYUI_TREE"]] + [p for p in sys.path if Path(p or ".").resolve() != REPO]
-sys.argv = [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
-import comfy.options
+TREE = os.environ.get("COMFYUI_TREE", "")
+if not Path(TREE, "main.py").is_file():
+    raise pytest.UsageError("COMFYUI_TREE must name ComfyUI's folder. Run these tests with python3 scripts/test.py.")
+
+# With the repository on the path (pytest.ini puts it there for tests/core), our nodes/ would shadow ComfyUI's nodes.py.
+sys.path[:] = [TREE, *(entry for entry in sys.path if Path(entry or ".").resolve() != REPO)]
+
+arguments = sys.argv
+sys.argv = [arguments[0], "--cpu", "--use-pytorch-cross-attention"]
+import comfy.options  # noqa: E402
+
 comfy.options.enable_args_parsing()
-import comfy.model_management
+import comfy.cli_args  # noqa: E402, F401 - reads sys.argv
+
+sys.argv = arguments
+
 spec = importlib.util.spec_from_file_location("flexip_pack", REPO / "__init__.py", submodule_search_locations=[str(REPO)])
-module = importlib.util.module_from_spec(spec); sys.modules["flexip_pack"] = module
-sys.path.insert(1, str(Path(__file__).parent))
-from unittest.mock import MagicMock
-for n in ("weights","encoders","encoder_files","images"):
-    if not (REPO/"flexip_core"/f"{n}.py").exists(): sys.modules["flexip_pack.flexip_core."+n]=MagicMock(CROPS=("center",))
-spec.loader.exec_module(module)
+sys.modules["flexip_pack"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["flexip_pack"])

@@ -17,6 +17,8 @@ from server import ComfyServer  # noqa: E402
 
 PACK = "flexip"  # its folder's name in custom_nodes
 REFERENCE = "astronaut.png"  # in ComfyUI's input folder
+BROWSER_ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                     "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 @pytest.fixture(scope="session")

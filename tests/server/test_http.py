@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import PACK, REFERENCE, REPO
 from flexip_core import mini
@@ -61,7 +62,7 @@ def test_stock_nodes_run_with_the_mini_base(comfy: ComfyServer) -> None:
     run = comfy.run(stock_prompt())
     [picture] = pictures(comfy, run.outputs)
     assert picture.size == (64, 96)
-    assert len(set(picture.getdata())) > 500, "the picture is flat"
+    assert np.asarray(picture).std() > 10, "the picture is flat"
     kinds = [message["type"] for message in run.messages]
     assert "progress_state" in kinds and kinds[-1] == "execution_success"
 

@@ -1,0 +1,255 @@
+"""Reading weight files safely: what they contain (header) and the tensors themselves.
+
+The format is recognised by content, never by extension. Pickles are only read with torch's `weights_only=True`, so no
+code in a file ever runs. Nothing is allocated beyond what the file really holds. Every failure is a ValueError of one
+sentence that names the file and says what to do.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import pickle
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# https://github.com/huggingface/safetensors#format: 8 bytes of header length, JSON header, data.
+_LENGTH_BYTES = 8
+_LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+_DEEPEST_NESTING = 8  # of dicts in a pickle; also ends dicts that contain themselves
+_AGAIN = "download it again"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weight file contains. `dtypes` holds torch's names without "torch.", e.g. "float16"."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_header(path: str | Path) -> Header:
+    """Names, shapes and dtypes of all tensors in a weight file, without reading the tensors.
+
+    Reads safetensors and torch.save files. Raises ValueError, one sentence naming the file, if it is not a whole,
+    plain weight file.
+    """
+    path = Path(path)
+    if _is_safetensors(path):
+        return _safetensors_header(path)
+    tensors = _unpickle(path)
+    return Header(path, {k: tuple(t.shape) for k, t in tensors.items()},
+                  {k: _dtype_name(t.dtype) for k, t in tensors.items()})
+
+
+def read_tensors(path: str | Path, keys: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a weight file on the CPU, all or only `keys`; memory-mapped where the format allows it.
+
+    A "state_dict" at the top of a pickle is unwrapped and nested dicts are joined with dots ({"image_proj": {"norm":
+    t}} is "image_proj.norm"). Tensors of a pickle may be views of each other: clone before writing. Raises ValueError
+    as `read_header` does, and if one of `keys` is missing.
+    """
+    path = Path(path)
+    if _is_safetensors(path):
+        wanted = _check_keys(path, _safetensors_header(path).shapes, keys)
+        from safetensors import SafetensorError, safe_open
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as file:
+                return {key: file.get_tensor(key) for key in wanted}
+        except (SafetensorError, OSError) as error:  # what our own header check lets through, e.g. overlapping tensors
+            raise _bad(path, f"is a damaged safetensors file ({_first_line(error)}); {_AGAIN}") from None
+    tensors = _unpickle(path)
+    return {key: tensors[key] for key in _check_keys(path, tensors, keys)}
+
+
+def name_of(path: str | Path) -> str:
+    """How messages name a file: its name and its folder."""
+    path = Path(path)
+    return f"{path.name} (in {path.parent})"
+
+
+def _bad(path: Path, what: str) -> ValueError:
+    return ValueError(f"{name_of(path)} {what}.")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ")[:160] if lines else type(error).__name__
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_keys(path: Path, present: Iterable[str], keys: Iterable[str] | None) -> list[str]:
+    present = list(present)
+    if keys is None:
+        return present
+    keys = list(keys)
+    missing = sorted(set(keys) - set(present))
+    if missing:
+        raise _bad(path, f"has no tensor {missing[0]!r} ({len(missing)} of {len(keys)} wanted tensors are missing); "
+                         "choose another file")
+    return keys
+
+
+def _is_safetensors(path: Path) -> bool:
+    """True for safetensors, False for a torch.save file; everything else is refused here by what it starts with."""
+    try:
+        if path.is_dir():
+            raise _bad(path, "is a folder, a weight file (.safetensors) is needed; choose a file inside it")
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(256)
+    except FileNotFoundError:
+        raise _bad(path, "does not exist; check the name or download the file") from None
+    except OSError as error:
+        raise _bad(path, f"cannot be read ({error.strerror}); check the file and its permissions") from None
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if size == 0:
+        raise _bad(path, f"is empty (0 bytes), a weight file is needed; {_AGAIN}")
+    if text.startswith(b"version https://git-lfs"):
+        raise _bad(path, f"is a Git-LFS pointer of {size} bytes, not the weights themselves; download the real file "
+                         "(git lfs pull, or the download button of the model page)")
+    if text.startswith((b"<!doctype", b"<html")):
+        raise _bad(path, "is a web page, not weights (the download saved a page instead of the file); "
+                         "download it again by the file's direct link")
+    if start.startswith((b"PK\x03\x04", b"\x80")) and not start[_LENGTH_BYTES:].startswith(b"{"):
+        return False
+    if size > _LENGTH_BYTES and start[_LENGTH_BYTES:_LENGTH_BYTES + 1] == b"{":
+        return True
+    raise _bad(path, "is not a weight file (neither safetensors nor a torch.save file); choose a .safetensors file "
+                     "or download it again")
+
+
+def _safetensors_header(path: Path) -> Header:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES))
+        begin = _LENGTH_BYTES + length
+        if length > _LONGEST_HEADER or begin > size:
+            raise _bad(path, f"is cut off or not safetensors: its header should take {length} bytes, but the whole "
+                             f"file has {size}; {_AGAIN}")
+        raw = file.read(length)
+    try:
+        data = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except _DuplicateKey as error:
+        raise _bad(path, f"lists the name {error.args[0]!r} twice in its header; {_AGAIN} or convert it again") from None
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, absurdly long numbers, absurdly nested
+        raise _bad(path, f"has a header that is not valid JSON, so it is damaged or not safetensors; {_AGAIN}") from None
+    metadata = data.pop("__metadata__", {}) if isinstance(data, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _bad(path, f"has a header whose metadata is not a list of texts, so it is not safetensors; {_AGAIN}")
+    end = max((_check_entry(path, key, entry) for key, entry in data.items()), default=0)
+    if begin + end != size:
+        state = "cut off" if begin + end > size else "too long"
+        raise _bad(path, f"is {state}: its header describes {begin + end} bytes, but the file has {size}; {_AGAIN}")
+    shapes = {key: tuple(entry["shape"]) for key, entry in data.items()}
+    dtypes = {key: _dtype_name(_DTYPES[entry["dtype"]]) for key, entry in data.items()}
+    return Header(path, shapes, dtypes, metadata)
+
+
+def _check_entry(path: Path, key: str, entry: Any) -> int:
+    """The end of a tensor's data; its shape, dtype and extent must agree, so that nobody allocates by a false shape."""
+    try:
+        shape, (begin, end), dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise TypeError
+    except (TypeError, KeyError, ValueError):
+        raise _bad(path, f"has a damaged entry for tensor {key!r} in its header; {_AGAIN}") from None
+    if dtype not in _DTYPES:
+        raise _bad(path, f"stores tensor {key!r} as {str(dtype)[:20]!r}, which FlexIP cannot read; "
+                         "choose a file in float32, float16 or bfloat16")
+    expected = math.prod(shape) * _DTYPES[dtype].itemsize
+    if end - begin != expected:
+        raise _bad(path, f"gives tensor {key!r} {end - begin} bytes where its shape needs {expected}; {_AGAIN}")
+    return end
+
+
+class _DuplicateKey(ValueError):
+    pass
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _DuplicateKey(key)
+        result[key] = value
+    return result
+
+
+def _unpickle(path: Path) -> dict[str, torch.Tensor]:
+    zipped = _check_zip(path)
+    try:
+        # mmap: tensors stay in the file until used, and views cost nothing. Only the zip format can be mapped.
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            warnings.simplefilter("ignore")  # about pickle protocols: an error follows or nothing does
+            mmap = zipped and path.suffix != ".safetensors"  # by a path, torch would believe that ending
+            source: Any = str(path) if mmap else stack.enter_context(path.open("rb"))
+            data = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        if "unsupported" in str(error).lower() or "weights only" in str(error).lower():
+            raise _bad(path, "contains Python objects besides weights, which could run code, so it was not opened; "
+                             "use a .safetensors version of it") from None
+        raise _bad(path, f"is a damaged torch.save file ({_first_line(error)}); {_AGAIN}") from None
+    except Exception:  # noqa: BLE001 - a damaged pickle can fail with any exception
+        raise _bad(path, f"is a damaged or cut off torch.save file of {path.stat().st_size} bytes; {_AGAIN}") from None
+    if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
+        data = data["state_dict"]
+    tensors: dict[str, torch.Tensor] = {}
+    for key, tensor in _flatten(path, data, "", 0):
+        if key in tensors:
+            raise _bad(path, f"contains two tensors with the name {key!r}; use a .safetensors version of it")
+        tensors[key] = tensor
+    if not tensors:
+        raise _bad(path, "contains no tensors; choose a file with weights")
+    return tensors
+
+
+def _check_zip(path: Path) -> bool:
+    """True for torch's zip format. Compressed entries are refused: torch writes none, and they could be bombs."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return False
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        raise _bad(path, f"is a damaged or cut off torch.save file of {size} bytes; {_AGAIN}") from None
+    if any("/code/" in e.filename for e in entries):
+        raise _bad(path, "is a TorchScript program, not plain weights, so it was not opened; use a .safetensors "
+                         "version of it")
+    if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
+        raise _bad(path, "is a compressed archive, not a torch.save file; unpack it and choose the weight file inside")
+    return True
+
+
+def _flatten(path: Path, data: Any, prefix: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of nested dicts under dotted names; step counters, optimizer settings and the like are passed over."""
+    if not isinstance(data, dict):
+        return
+    if depth > _DEEPEST_NESTING:
+        raise _bad(path, "nests its tensors too deep for a weight file; use a .safetensors version of it")
+    for key, value in data.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{prefix}{key}", value
+        else:
+            yield from _flatten(path, value, f"{prefix}{key}.", depth + 1)

@@ -1,0 +1,133 @@
+"""FlexIPSampler: equal to KSampler with one gate, and a fair sweep with many."""
+import nodes
+import pytest
+import tiny
+import torch
+from comfy_execution.graph_utils import ExecutionBlocker
+from flexip_pack.nodes import runtime
+from flexip_pack.nodes.sampler import FlexIPSampler, noise_sampler, parse_gates
+
+P, N = tiny.cond(1), tiny.cond(2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.tiny_model()
+
+
+@pytest.fixture(scope="module")
+def gated(model):
+    return runtime.attach(model, tiny.link_for(tiny.tiny_network(model), tiny.tiny_reference(), 0.6))
+
+
+class FakeVae:
+    def decode(self, samples):
+        return samples[:, :3].movedim(1, -1).repeat_interleave(8, 1).repeat_interleave(8, 2).sigmoid()
+
+
+def latent(batch=1, **extra):
+    return {"samples": torch.zeros(batch, 4, 8, 8), **extra}
+
+
+def run(model, gates="", sampler="euler", latent_image=None, steps=3, denoise=1.0, vae=None, seed=11):
+    return FlexIPSampler.execute(model, seed, steps, 5.0, sampler, "normal", P, N, latent_image or latent(), denoise, gates, vae).args
+
+
+def ksampler(model, sampler="euler", latent_image=None, steps=3, denoise=1.0, seed=11):
+    return nodes.common_ksampler(model, seed, steps, 5.0, sampler, "normal", P, N, latent_image or latent(), denoise=denoise)[0]["samples"]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde", "lcm", "ddim", "uni_pc"])
+def test_without_gates_it_is_ksampler(gated, sampler):
+    assert torch.equal(run(gated, sampler=sampler, latent_image=latent(2))[0]["samples"], ksampler(gated, sampler, latent(2)))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde", "lcm", "ddim", "dpmpp_sde", "ddpm", "er_sde", "seeds_2", "sa_solver"])
+def test_equal_gates_give_equal_images_and_the_image_of_a_single_run(gated, sampler):
+    images = run(gated, "0.6, 0.6, 0.6", sampler)[0]["samples"]
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    assert tiny.relative_error(images[:1], ksampler(gated, sampler)) < 1e-5
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde"])
+def test_sweep_is_gate_major_over_the_latent_batch(model, gated, sampler):
+    swept = run(gated, "0, 1", sampler, latent(2))[0]["samples"]
+    assert len(swept) == 4
+    link = runtime.links_of(gated)[0]
+    for first, gate in ((0, 0.0), (2, 1.0)):
+        alone = runtime.attach(model, tiny.link_for(link.network, link.reference, gate))
+        assert tiny.relative_error(swept[first:first + 2], ksampler(alone, sampler, latent(2))) < 1e-5
+    assert tiny.relative_error(swept[:2], swept[2:]) > 1e-3
+
+
+def test_sweep_keeps_noise_mask_batch_index_and_denoise(gated):
+    g = tiny.generator(4)
+    image = {"samples": torch.randn(2, 4, 8, 8, generator=g), "noise_mask": (torch.rand(2, 1, 64, 64, generator=g) > 0.5).float(), "batch_index": [3, 5]}
+    swept = run(gated, "0.6 0.6", latent_image=image, denoise=0.7)[0]
+    assert swept["batch_index"] == [3, 5, 3, 5] and swept["noise_mask"].shape[0] == 4
+    assert tiny.relative_error(swept["samples"][:2], ksampler(gated, latent_image=image, denoise=0.7)) < 1e-5
+    assert torch.equal(swept["samples"][:2], swept["samples"][2:])
+    assert image["batch_index"] == [3, 5] and image["samples"].shape[0] == 2
+
+
+def test_ddim_inpainting_shares_its_noise_between_gates(gated):
+    image = {"samples": torch.randn(1, 4, 8, 8, generator=tiny.generator(4)), "noise_mask": torch.ones(1, 1, 8, 8).tril()}
+    swept = run(gated, "0.6 0.6", "ddim", image)[0]["samples"]
+    assert torch.equal(swept[0], swept[1])
+
+
+def test_gates_replace_only_the_last_link(model, gated):
+    chained = runtime.attach(gated, tiny.link_for(tiny.tiny_network(model, seed=5), tiny.tiny_reference(11), 0.9))
+    run(chained, "0, 1")
+    first, last = runtime.links_of(chained)
+    assert first.gates == (0.6,) and last.gates == (0.9,), "the node's own model is never changed"
+    swept = run(chained, "0.9 0.9")[0]["samples"]
+    assert tiny.relative_error(swept[:1], ksampler(chained)) < 1e-5
+
+
+def test_contact_sheet_has_a_column_per_gate_and_needs_the_vae(gated):
+    sheet = run(gated, "0, 0.5, 1", latent_image=latent(2), vae=FakeVae())[1]
+    assert sheet.shape[0] == 1 and sheet.shape[3] == 3
+    assert sheet.shape[2] >= 3 * 64 and sheet.shape[1] >= 2 * 64
+    assert isinstance(run(gated, "0, 1")[1], ExecutionBlocker)
+
+
+def test_report_says_what_ran(gated):
+    report = run(gated, "0, 0.5, 1")[2]
+    blocks = len(tiny.config_for(gated).blocks)
+    for words in (f"blocks: {blocks} patched of {blocks} present", "active: 3 of 3 steps", "gate 0, 0.5, 1, strength 1", "tokens 7 + 77", "tiny encoders"):
+        assert words in report
+    assert "WARNING" not in report
+
+
+def test_report_warns_when_nothing_was_active(model, gated):
+    link = runtime.links_of(gated)[0]
+    asleep = runtime.attach(model, tiny.link_for(link.network, link.reference, start_percent=0.998, end_percent=0.999))
+    assert "WARNING: FlexIP changed nothing in this run" in run(asleep)[2]
+    off = runtime.attach(model, tiny.link_for(link.network, link.reference, strength=0.0))
+    assert "did not run" in run(off)[2]
+
+
+def test_a_model_without_gate_names_the_node_to_add(model):
+    with pytest.raises(ValueError, match="FlexIPSampler.*Apply FlexIP Gate"):
+        run(model)
+
+
+@pytest.mark.parametrize("text, values", [("", ()), ("0, 0.25,1", (0, 0.25, 1)), (" .5;\n1 0 ", (0.5, 1, 0)), ("1e-1", (0.1,))])
+def test_gates_are_read_from_text(text, values):
+    assert parse_gates(text) == values
+
+
+@pytest.mark.parametrize("text", ["a", "0, 1.5", "-0.1", "nan", "inf", "0.5x", "0,,b", ", ".join(["0.5"] * 65)])
+def test_gates_that_are_no_numbers_from_0_to_1_are_a_sentence(text):
+    with pytest.raises(ValueError, match="FlexIPSampler: g"):
+        parse_gates(text)
+
+
+def test_our_noise_equals_what_the_sampler_makes_itself():
+    import comfy.k_diffusion.sampling as k
+
+    x, sigmas = torch.randn(1, 4, 8, 8), torch.tensor([10.0, 5.0, 1.0, 0.0])
+    own = k.BrownianTreeNoiseSampler(x, sigmas[sigmas > 0].min(), sigmas.max(), seed=3, cpu=True)
+    assert torch.equal(noise_sampler("dpmpp_2m_sde", x, sigmas, 3)(sigmas[0], sigmas[1]), own(sigmas[0], sigmas[1]))
+    assert torch.equal(noise_sampler("lcm", x, sigmas, 3)(None, None), k.default_noise_sampler(x, seed=3)(None, None))

@@ -1,0 +1,112 @@
+"""Node ids, input names, order, enum strings, defaults and outputs are frozen: saved workflows depend on them.
+
+New inputs are optional and last. After such an addition, FLEXIP_UPDATE_SNAPSHOT=1 rewrites the snapshot; it refuses what would
+break a workflow.
+"""
+import asyncio
+import copy
+import inspect
+import json
+import os
+from pathlib import Path
+
+import flexip_pack
+import pytest
+
+SNAPSHOT = Path(__file__).with_name("schema_snapshot.json")
+FILE_LISTS = {"preservation", "personalization", "clip_vision", "dino"}
+CORE_LISTS = {"sampler_name", "scheduler"}  # core's to change
+BREAKS = "this breaks saved workflows"
+
+
+def node_classes():
+    extension = asyncio.run(flexip_pack.comfy_entrypoint())
+    return asyncio.run(extension.get_node_list())
+
+
+def describe(node):
+    schema = node.define_schema()
+    inputs = []
+    for i in schema.inputs:
+        options = getattr(i, "options", None)
+        if i.id in FILE_LISTS:
+            options = [option for option in options or [] if option == "auto"] or None
+        elif i.id in CORE_LISTS:
+            options = None
+        inputs.append({"id": i.id, "type": i.get_io_type(), "optional": i.optional, "default": getattr(i, "default", None), "options": options,
+                       "min": getattr(i, "min", None), "max": getattr(i, "max", None), "step": getattr(i, "step", None)})
+    return {"inputs": inputs, "outputs": [{"id": o.id, "type": o.get_io_type()} for o in schema.outputs], "list": schema.is_input_list}
+
+
+def current():
+    return {node.define_schema().node_id: describe(node) for node in node_classes()}
+
+
+def check_compatible(old, new):
+    for node_id, before in old.items():
+        assert node_id in new, f"node {node_id} is gone: {BREAKS}"
+        after = new[node_id]
+        assert after["outputs"][: len(before["outputs"])] == before["outputs"], f"outputs of {node_id} changed: {BREAKS}"
+        assert after["list"] == before["list"], f"{node_id} takes lists differently: {BREAKS}"
+        assert after["inputs"][: len(before["inputs"])] == before["inputs"], f"inputs of {node_id} changed: {BREAKS}"
+        for added in after["inputs"][len(before["inputs"]):]:
+            assert added["optional"], f"{node_id} has a new required input {added['id']}: {BREAKS}"
+
+
+def test_schemas_equal_the_snapshot():
+    new = current()
+    old = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
+    check_compatible(old, new)
+    if os.environ.get("FLEXIP_UPDATE_SNAPSHOT"):
+        SNAPSHOT.write_text(json.dumps(new, indent=1) + "\n")
+    assert new == json.loads(SNAPSHOT.read_text()), "something was added: run this test with FLEXIP_UPDATE_SNAPSHOT=1 and commit the snapshot"
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s.pop("EncodeReference"),
+    lambda s: s["EncodeReference"]["inputs"].pop(2),
+    lambda s: s["EncodeReference"]["inputs"].reverse(),
+    lambda s: s["EncodeReference"]["inputs"][2]["options"].remove("pad"),
+    lambda s: s["ApplyFlexIPGate"]["inputs"][3].update(default=0.5),
+    lambda s: s["FlexIPSampler"]["outputs"].pop(),
+    lambda s: s["FlexIPSampler"]["inputs"].append({"id": "new", "optional": False}),
+])
+def test_every_breaking_change_is_noticed(change):
+    old = current()
+    new = copy.deepcopy(old)
+    change(new)
+    with pytest.raises(AssertionError, match=BREAKS):
+        check_compatible(old, new)
+
+
+def test_an_optional_input_at_the_end_is_allowed():
+    new = current()
+    new["FlexIPSampler"]["inputs"].append({"id": "new", "optional": True})
+    check_compatible(current(), new)
+
+
+def test_inputs_match_the_parameters_of_execute():
+    for node in node_classes():
+        assert [i.id for i in node.define_schema().inputs] == list(inspect.signature(node.execute).parameters)
+
+
+def test_every_socket_has_a_tooltip_and_every_node_a_help_page():
+    docs = Path(flexip_pack.__file__).parent / "web" / "docs"
+    for node in node_classes():
+        schema = node.define_schema()
+        assert schema.description and schema.category == "FlexIP" and schema.search_aliases
+        for socket in (*schema.inputs, *schema.outputs):
+            assert socket.tooltip, f"{schema.node_id}.{socket.id}"
+        page = (docs / f"{schema.node_id}.md").read_text()
+        for i in schema.inputs:
+            assert i.id in page or schema.node_id == "FlexIPSampler" and "everything else" in page, f"{i.id} is missing on the help page of {schema.node_id}"
+
+
+def test_node_ids_do_not_collide_with_core():
+    import nodes
+
+    asyncio.run(nodes.init_builtin_extra_nodes())
+    ours = set(current())
+    assert ours == {"LoadFlexIPAdapters", "EncodeReference", "ApplyFlexIPGate", "FlexIPSampler"} or all(
+        node_id.startswith("FlexIP") for node_id in ours - {"LoadFlexIPAdapters", "EncodeReference", "ApplyFlexIPGate"})
+    assert not ours & set(nodes.NODE_CLASS_MAPPINGS)

@@ -1,0 +1,186 @@
+"""scripts/environment.py without a network: what it finds, what it refuses, what it does a second time."""
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import environment  # noqa: E402
+from environment import Environment, SetupError  # noqa: E402
+
+FOLDER = environment.COMFYUI_FOLDER
+
+
+def make_tree(folder: Path, version: str = environment.COMFYUI_VERSION) -> Path:
+    (folder / "comfy").mkdir(parents=True)
+    (folder / "main.py").touch()
+    (folder / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    return folder
+
+
+def make_python(path: Path) -> Path:
+    path.parent.mkdir(parents=True)
+    path.touch()
+    return path
+
+
+def make_archive(path: Path, *members: tuple[str, bytes | None]) -> Path:
+    """A tar.gz; a member without content is a symbolic link."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content or b"")
+            info.type = tarfile.SYMTYPE if content is None else tarfile.REGTYPE
+            info.linkname = "/etc" if content is None else ""
+            tar.addfile(info, io.BytesIO(content or b""))
+    return path
+
+
+def fake_python(path: Path, body: str) -> Path:
+    """An executable that does `body` (a line of shell) instead of what Python would."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+needs_shell = pytest.mark.skipif(os.name == "nt", reason="fakes Python with a shell script")
+
+
+def test_python_of_a_virtual_environment() -> None:
+    assert environment.python_of(Path("v"), windows=True) == Path("v/Scripts/python.exe")
+    assert environment.python_of(Path("v"), windows=False) == Path("v/bin/python")
+
+
+@pytest.mark.parametrize("given", [".", "ComfyUI"])
+def test_windows_portable_build_brings_its_python(tmp_path: Path, given: str) -> None:
+    tree, python = make_tree(tmp_path / "ComfyUI"), make_python(tmp_path / "python_embeded" / "python.exe")
+    assert environment.find_installation(tmp_path / given) == (tree, python)
+
+
+@pytest.mark.parametrize("name", ["venv", ".venv"])
+def test_installation_with_a_virtual_environment(tmp_path: Path, name: str) -> None:
+    tree, python = make_tree(tmp_path / "ComfyUI"), make_python(environment.python_of(tmp_path / "ComfyUI" / name))
+    assert environment.find_installation(tree) == (tree, python)
+
+
+def test_installation_without_one_is_run_by_this_python(tmp_path: Path) -> None:
+    assert environment.find_installation(make_tree(tmp_path / "ComfyUI"))[1] == Path(sys.executable)
+
+
+def test_folders_that_are_no_installation(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="is not a ComfyUI folder"):
+        environment.find_installation(tmp_path)
+    with pytest.raises(SetupError, match="needs ComfyUI 0.30.0 or newer, the one in .* is 0.9.12"):
+        environment.find_installation(make_tree(tmp_path / "old", "0.9.12"))
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 11), (3, 12), (3, 13)])
+def test_supported_pythons(version: tuple[int, int]) -> None:
+    environment.check_python_version(version)
+
+
+@pytest.mark.parametrize("version", [(3, 9), (3, 14)])
+def test_other_pythons_are_refused(version: tuple[int, int]) -> None:
+    with pytest.raises(SetupError, match=r"Python 3.10 to 3.13 is needed, this is Python 3"):
+        environment.check_python_version(version)
+
+
+def test_extract_takes_the_wanted_folder_only(tmp_path: Path) -> None:
+    archive = make_archive(tmp_path / "a.tar.gz", (FOLDER + "comfy/a.py", b"A"), ("other/b.py", b"B"), (FOLDER + "main.py", b"M"))
+    environment.extract(archive, FOLDER, tmp_path / "out")
+    assert {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.py")} == {"main.py", str(Path("comfy/a.py"))}
+
+
+@pytest.mark.parametrize("name, content", [(FOLDER + "../../evil", b"x"), (FOLDER + "link", None)])
+def test_extract_refuses_links_and_what_leaves_the_folder(tmp_path: Path, name: str, content: bytes | None) -> None:
+    archive = make_archive(tmp_path / "a.tar.gz", (FOLDER + "main.py", b"M"), (name, content))
+    with pytest.raises(SetupError, match="is not a plain file inside its folder"):
+        environment.extract(archive, FOLDER, tmp_path / "deep" / "er" / "out")
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_extract_without_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="has no folder"):
+        environment.extract(make_archive(tmp_path / "a.tar.gz", ("x", b"")), FOLDER, tmp_path / "out")
+
+
+@needs_shell
+def test_a_download_with_another_hash_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    python = fake_python(tmp_path / "python", "echo 'ERROR: THESE PACKAGES DO NOT MATCH THE HASHES'; exit 1")
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(SetupError, match="is not the file with SHA-256 de5d0c"):
+        environment.get_comfyui(tmp_path, python)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["logs", "python"]
+
+
+@needs_shell
+def test_install_happens_once_and_again_after_a_change_or_a_failure(tmp_path: Path) -> None:
+    calls, requirements = tmp_path / "calls", tmp_path / "requirements.txt"
+    (tmp_path / "logs").mkdir()
+    python = fake_python(tmp_path / "venv" / "python", f'echo "$@" >> "{calls}"; test ! -e "{tmp_path}/broken" || exit 3')
+    env = Environment(tmp_path, python, tmp_path, owned=True)
+
+    def installs() -> int:
+        before = len(calls.read_text().splitlines()) if calls.exists() else 0
+        env.install("pack", "--requirement", str(requirements))
+        return len(calls.read_text().splitlines()) - before
+
+    requirements.write_text("a>=1\n")
+    assert [installs(), installs()] == [1, 0]
+    requirements.write_text("a>=2\n")
+    (tmp_path / "broken").touch()
+    with pytest.raises(SetupError, match=r"(?s)Installing pack failed with exit code 3. The end of .*install-pack.log"):
+        installs()
+    (tmp_path / "broken").unlink()
+    assert [installs(), installs()] == [1, 0]
+
+
+def test_a_second_prepare_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def run(command: list, log: Path, what: str) -> None:
+        commands.append(what)
+        if "-m" in command and "venv" in command:
+            python = environment.python_of(tmp_path / "venv")
+            python.parent.mkdir(parents=True)
+        if "download" in command:
+            make_archive(Path(command[command.index("--dest") + 1]) / "a.tar.gz", (FOLDER + "main.py", b""), (FOLDER + "requirements.txt", b""))
+
+    monkeypatch.setattr(environment, "run", run)
+    options = argparse.Namespace(home=str(tmp_path), comfyui=None, torch="torch==1")
+    first = environment.prepare(options)
+    assert len(commands) == 4 and first.comfyui == tmp_path / "comfyui-0.30.0"
+    assert environment.prepare(options) == first
+    assert len(commands) == 4
+    options.torch = "torch==2"
+    environment.prepare(options)
+    assert commands[4:] == ["Installing torch"]
+
+
+def test_skipping_torch_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SetupError, match="uses the torch of .*, which has none"):
+        environment.make_venv(tmp_path, share_packages=True)
+
+
+def test_a_command_that_does_not_exist_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="Doing it failed: "):
+        environment.run([tmp_path / "no such program"], tmp_path / "log", "Doing it")
+
+
+def test_the_venv_module_makes_a_python_that_runs(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    python = environment.make_venv(tmp_path)
+    assert environment.version_of(python) == sys.version_info[:2]
+    marker = tmp_path / "venv" / "marker"
+    marker.touch()
+    assert environment.make_venv(tmp_path) == python and marker.exists()
+    shutil.rmtree(tmp_path / "venv")
