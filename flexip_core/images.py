@@ -44,14 +44,16 @@ def prepare(image: Tensor, mask: Tensor | None, crop: str, size: int) -> Tensor:
     if alpha is not None:
         picture = picture * alpha[..., None] + GROUND * (1 - alpha[..., None])
     picture = picture[None].movedim(-1, 1)  # 1 3 h w
+    height, width = picture.shape[2:]
     if crop == "center":
         picture = _center(picture, size)
     elif crop == "pad":
-        picture = _pad(picture, size)
+        side = max(height, width)
+        picture = _square(picture, (height - side) // 2, (width - side) // 2, side, size)
     elif crop == "squash":
         picture = _resize(picture, size, size)
     else:
-        picture = _resize(_around(picture, *_subject_box(subject, *picture.shape[2:])), size, size)
+        picture = _square(picture, *_subject_box(subject, height, width), size)
     return picture[0].movedim(0, -1).clamp(0, 1).contiguous()
 
 
@@ -105,22 +107,27 @@ def _center(picture: Tensor, size: int) -> Tensor:
     height, width = picture.shape[2:]
     short = min(height, width)
     longest = _LONGEST_STRIP * short
-    if max(height, width) > longest:
-        top, left = max(0, (height - longest) // 2), max(0, (width - longest) // 2)
-        picture = picture[:, :, top:top + longest, left:left + longest]
-        height, width = picture.shape[2:]
+    longest += (max(height, width) - longest) % 2  # so that the middle stays the middle
+    top, left = max(0, (height - longest) // 2), max(0, (width - longest) // 2)
+    picture = picture[:, :, top:top + longest, left:left + longest]
+    height, width = picture.shape[2:]
     scale = size / short
     picture = _resize(picture, round(scale * height), round(scale * width))
     top, left = (picture.shape[2] - size) // 2, (picture.shape[3] - size) // 2
     return picture[:, :, top:top + size, left:left + size]
 
 
-def _pad(picture: Tensor, size: int) -> Tensor:
-    height, width = picture.shape[2:]
-    scale = size / max(height, width)
-    height, width = max(1, round(scale * height)), max(1, round(scale * width))
-    top, left = (size - height) // 2, (size - width) // 2
-    return pad(_resize(picture, height, width), (left, size - width - left, top, size - height - top), value=GROUND)
+def _square(picture: Tensor, top: int, left: int, side: int, size: int) -> Tensor:
+    """The square of the picture at top, left, scaled to `size`; what lies outside the picture becomes neutral ground.
+
+    Scaled before it is padded: the square around a long strip would not fit into memory.
+    """
+    inside = picture[:, :, max(top, 0):top + side, max(left, 0):left + side]
+    scale = size / side
+    height, width = (max(1, round(scale * length)) for length in inside.shape[2:])
+    above, before = min(round(scale * max(-top, 0)), size - height), min(round(scale * max(-left, 0)), size - width)
+    margins = (before, size - width - before, above, size - height - above)
+    return pad(_resize(inside, height, width), margins, value=GROUND)
 
 
 def _subject_box(subject: Tensor | None, height: int, width: int) -> tuple[int, int, int]:
@@ -146,10 +153,3 @@ def _start(center: float, side: int, length: int) -> int:
     if side > length:
         return (length - side) // 2
     return min(max(round(center - side / 2), 0), length - side)
-
-
-def _around(picture: Tensor, top: int, left: int, side: int) -> Tensor:
-    height, width = picture.shape[2:]
-    inside = picture[:, :, max(top, 0):top + side, max(left, 0):left + side]
-    margins = (max(-left, 0), max(left + side - width, 0), max(-top, 0), max(top + side - height, 0))
-    return pad(inside, margins, value=GROUND) if any(margins) else inside

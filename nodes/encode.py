@@ -26,6 +26,7 @@ class EncodeReference(io.ComfyNode):
             description="Shows the reference picture to the image encoders. Several pictures (a batch or a list, sizes may differ) are one subject seen several times.",
             search_aliases=["reference image", "clip vision encode", "ip-adapter encode", "identity"],
             is_input_list=True,
+            has_intermediate_output=True,  # the preview survives a page reload
             inputs=[
                 FlexIPAdapters.Input("adapters", tooltip="From Load FlexIP Adapters: they decide which encoders are needed."),
                 io.Image.Input("image", tooltip="Reference picture(s), any size. An alpha channel counts as the subject mask."),

@@ -29,14 +29,13 @@ def _link(run: LinkRun, whole: Run, guider: Any, steps: list[float], seconds: fl
     lost = runtime.lost_blocks(run, guider.model_options["transformer_options"])
     active_steps = sum(run.active_at(sigma) for sigma in steps)
     lines = [
+        f"gate {_numbers(link.gates)}, strength {link.strength:g}: {blocks - len(lost)} of {blocks} blocks, {active_steps} of {len(steps)} steps, {seconds:.1f} s",
         f"adapters: {link.title} (gate mode {link.network.gate_mode})",
         f"encoders: {link.reference.encoders}",
         f"reference: {link.reference.count} picture(s), tokens {run.token_counts()}",
         f"blocks: {blocks - len(lost)} patched of {blocks} present",
-        f"active: {active_steps} of {len(steps)} steps, {counters.active} of {counters.calls} model calls",
-        f"gate {_numbers(link.gates)}, strength {link.strength:g}, from {link.start_percent:g} to {link.end_percent:g}",
+        f"active from {link.start_percent:g} to {link.end_percent:g}: {active_steps} of {len(steps)} steps, {counters.active} of {counters.calls} model calls",
         f"K/V: {counters.projected} projected, {counters.from_cache} from the run before",
-        f"{seconds:.1f} s",
     ]
     if counters.untagged:
         lines.append(f"note: {counters.untagged} model calls came with a conditioning of another node's own; they got the null reference")
@@ -47,7 +46,7 @@ def _link(run: LinkRun, whole: Run, guider: Any, steps: list[float], seconds: fl
         lines.append(f"WARNING: {hidden[0]} was put on {len(hidden)} blocks after FlexIP in a way that ComfyUI never calls; apply FlexIP after that node")
     if not counters.active or len(lost) == blocks:
         lines.append("WARNING: FlexIP changed nothing in this run; check start_percent, end_percent and the nodes after Apply FlexIP Gate")
-    return "\n".join(lines)
+    return ".\n".join(lines)  # full stops, because the page's new nodes show line breaks as spaces
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -32,6 +32,7 @@ class FlexIPSampler(io.ComfyNode):
             display_name="FlexIP Sampler",
             category=CATEGORY,
             description="KSampler for a gated model. With a list of gates it samples every gate from the same noise and lays the pictures side by side.",
+            has_intermediate_output=True,  # the preview survives a page reload
             search_aliases=["ksampler", "gate sweep", "xy plot", "ip-adapter sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="A model with a FlexIP gate, from Apply FlexIP Gate."),

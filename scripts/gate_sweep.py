@@ -20,16 +20,22 @@ from server import ComfyServer, PromptError  # noqa: E402
 from workflow import nodes_of, set_inputs, to_prompt  # noqa: E402
 
 WORKFLOW = REPO / "workflows" / "flexip_gate_sweep.json"
+SIZE, STEPS = 256, 8
 SHEET_OUTPUT = 1  # of FlexIPSampler: latent, contact sheet, report
 
 
 def gate_sweep_prompt(object_info: dict[str, Any], image: str) -> dict[str, Any]:
-    """The shipped workflow with the mini models and `image` (a name in ComfyUI's input folder)."""
+    """The shipped workflow with the mini models and `image` (a name in ComfyUI's input folder).
+
+    Smaller and in fewer steps than for real models, so that two cores without a GPU need less than a minute.
+    """
     prompt = to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), object_info)
     set_inputs(prompt, "CheckpointLoaderSimple", ckpt_name=mini.MINI_BASE)
     set_inputs(prompt, "LoadFlexIPAdapters", preservation=mini.MINI_FLEXIP, personalization="auto", clip_vision="auto",
                dino="auto")
     set_inputs(prompt, "LoadImage", image=image)
+    set_inputs(prompt, "EmptyLatentImage", width=SIZE, height=SIZE)
+    set_inputs(prompt, "FlexIPSampler", steps=STEPS)
     return prompt
 
 

@@ -184,7 +184,7 @@ def test_a_second_run_projects_nothing_and_another_prompt_only_what_depends_on_i
         gated = runtime.attach(model, tiny.link_for(network, reference, **kwargs))
         gated.model_options["transformer_options"][runtime.LISTENER] = reports.append
         tiny.ksample(gated, positive, N)
-        return next(line for line in reports[-1].splitlines() if line.startswith("K/V"))
+        return next(line for line in reports[-1].splitlines() if line.startswith("K/V")).rstrip(".")
 
     assert run(P) == "K/V: 4 projected, 0 from the run before"
     assert run(P, gate=0.1, strength=0.4) == "K/V: 0 projected, 4 from the run before"

@@ -95,7 +95,7 @@ def test_contact_sheet_has_a_column_per_gate_and_needs_the_vae(gated):
 def test_report_says_what_ran(gated):
     report = run(gated, "0, 0.5, 1")[2]
     blocks = len(tiny.config_for(gated).blocks)
-    for words in (f"blocks: {blocks} patched of {blocks} present", "active: 3 of 3 steps", "gate 0, 0.5, 1, strength 1", "tokens 7 + 77", "tiny encoders"):
+    for words in (f"blocks: {blocks} patched of {blocks} present", "active from 0 to 1: 3 of 3 steps, 3 of 3 model calls", "gate 0, 0.5, 1, strength 1: ", "tokens 7 + 77", "tiny encoders"):
         assert words in report
     assert "WARNING" not in report
 

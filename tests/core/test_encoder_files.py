@@ -126,7 +126,7 @@ KNOWN = {
     "dino meta chunked": (lambda t: meta_dino(chunks=2), "meta", "", DINO),
     "dino meta swiglu": (lambda t: meta_dino("swiglu"), "meta", "", DINO_SWIGLU),
     "dino meta registers": (lambda t: meta_dino("registers"), "meta", "", DINO_REG),
-    "dino meta training": (lambda t: with_prefix("student.backbone.", timm_dino().state_dict())
+    "dino meta training": (lambda t: with_prefix("student.backbone.", meta_dino())
                            | with_prefix("teacher.backbone.", meta_dino()), "meta", "teacher.backbone.", DINO),
 }
 

@@ -257,15 +257,13 @@ def test_pickled_files_load_like_safetensors(tmp_path):
                                    atol=1e-4, rtol=1e-4)
 
 
-def test_a_shared_state_dict_is_not_changed():
-    state = hf_dino_reg().state_dict()
-    renamed = {key.replace("attention.q_proj", "attention.attention.query").replace(
-        "attention.k_proj", "attention.attention.key").replace("attention.v_proj", "attention.attention.value").replace(
-        "attention.o_proj", "attention.output.dense"): value for key, value in state.items()}
-    before = {key: value.clone() for key, value in renamed.items()}
-    tower = from_core_clip_vision(renamed, DinoConfig(DINO_REG.model, 32, 224, DINO_ARGS))
+def test_a_shared_state_dict_is_not_changed(tmp_path):
+    shared = as_transformers(hf_dino_reg(), tmp_path)
+    before = {key: value.clone() for key, value in shared.items()}
+    tower = from_core_clip_vision(shared, DinoConfig(DINO_REG.model, 32, 224, DINO_ARGS))
     tower.to(torch.float64)
-    assert renamed.keys() == before.keys() and all(torch.equal(renamed[k], before[k]) for k in before)
+    assert shared.keys() == before.keys() and all(torch.equal(shared[k], before[k]) for k in before)
+    assert all(value.dtype == torch.float32 for value in shared.values())
 
 
 def tiny_clip(**changes) -> dict:

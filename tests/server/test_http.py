@@ -79,6 +79,7 @@ def test_shipped_workflow_runs(comfy: ComfyServer, path: Path) -> None:
     set_inputs(prompt, "CheckpointLoaderSimple", ckpt_name=mini.MINI_BASE)
     set_inputs(prompt, "LoadFlexIPAdapters", preservation=mini.MINI_FLEXIP)
     set_inputs(prompt, "LoadImage", image=REFERENCE)
+    set_inputs(prompt, "EmptyLatentImage", width=64, height=64)
     run = comfy.run(prompt)
     assert "progress" in {message["type"] for message in run.messages}
     assert pictures(comfy, run.outputs)

@@ -1,0 +1,200 @@
+"""LoadFlexIPAdapters and EncodeReference: files found by content, encoders from files or from wired CLIP_VISION objects."""
+import dataclasses
+
+import comfy.clip_vision
+import comfy.model_management as mm
+import folder_paths
+import pytest
+import torch
+from flexip_pack.flexip_core import mini
+from flexip_pack.flexip_core.adapters import FlexIPNetwork
+from flexip_pack.flexip_core.checkpoint import save_checkpoint
+from flexip_pack.flexip_core.config import ClipConfig, DinoConfig
+from flexip_pack.nodes import files
+from flexip_pack.nodes.encode import EncodeReference
+from flexip_pack.nodes.load import LoadFlexIPAdapters
+from safetensors.torch import load_file, save_file
+
+CORE_CLIP = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, num_channels=3,
+                 image_size=56, patch_size=14, projection_dim=24, hidden_act="gelu")
+CORE_DINO = dict(model_type="dinov2", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_channels=3, image_size=518, patch_size=14,
+                 layer_norm_eps=1e-6, use_swiglu_ffn=False, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+CLIP = ClipConfig("tiny clip", 24, dict(width=32, layers=3, head_width=16, patch_size=14, image_size=56))
+DINO = DinoConfig("vit_small_patch14_dinov2", 32, 518, dict(embed_dim=32, depth=2, num_heads=2))
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """Empty model folders of our own."""
+    table = dict(folder_paths.folder_names_and_paths)
+    for name in (files.ADAPTER_FOLDER, files.ENCODER_FOLDER):
+        (tmp_path / name).mkdir()
+        table[name] = ([str(tmp_path / name)], {".safetensors", ".pt", ".bin"})
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", table)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
+    return tmp_path
+
+
+def adapters_file(models, name="adapters.safetensors", **changes):
+    cfg = dataclasses.replace(mini.MINI_CONFIG, **{"clip": CLIP, "dino": DINO, **changes})
+    torch.manual_seed(0)
+    path = models / files.ADAPTER_FOLDER / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(FlexIPNetwork(cfg), path)
+    return name
+
+
+@torch.no_grad()
+def core_encoder(config, seed):
+    model = comfy.clip_vision.ClipVisionModel(dict(config))
+    g = torch.Generator().manual_seed(seed)
+    for p in model.model.parameters():
+        p.copy_(torch.randn(p.shape, generator=g) * 0.3 + (p.ndim == 1) * 0.5)
+    return model
+
+
+def load(preservation="adapters.safetensors", personalization="auto", clip_vision="auto", dino="auto"):
+    return LoadFlexIPAdapters.execute(preservation, personalization, clip_vision, dino).args[0]
+
+
+def encode(adapters, images, crop="center", mask=None, clip=None, dino=None):
+    wrap = lambda value: None if value is None else [value]  # noqa: E731
+    return EncodeReference.execute([adapters], images if isinstance(images, list) else [images], [crop], wrap(mask), wrap(clip), wrap(dino))
+
+
+def picture(seed=0, height=40, width=60, batch=1, channels=3):
+    return torch.rand(batch, height, width, channels, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [518, 224])
+def test_wired_core_encoders_give_what_their_files_give(models, size):
+    """Native size: core's own forward; another size: its weights by the checkpoint's rule. Nothing of the object changes."""
+    adapters_file(models, dino=dataclasses.replace(DINO, image_size=size))
+    clip, dino = core_encoder(CORE_CLIP, 1), core_encoder(CORE_DINO, 2)
+    for name, core in (("a.safetensors", clip), ("nested/b.safetensors", dino)):
+        path = models / files.ENCODER_FOLDER / name
+        path.parent.mkdir(exist_ok=True)
+        save_file({key: value.clone().contiguous() for key, value in core.get_sd().items()}, path)
+    before = {key: value.clone() for core in (clip, dino) for key, value in core.get_sd().items()}
+    from_files = encode(load(), picture()).args[0]
+    wired = encode(load(), picture(), clip=clip, dino=dino).args[0]
+    assert from_files.features["cls"].shape == (1, 24) and from_files.features["patches"].shape == (1, (size // 14) ** 2, 32)
+    for name, value in from_files.features.items():
+        assert value.std() > 0.05
+        torch.testing.assert_close(wired.features[name], value, atol=1e-4, rtol=1e-4)
+    after = {key: value for core in (clip, dino) for key, value in core.get_sd().items()}
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert clip.image_size == 56 and dino.image_size == 518
+
+
+@pytest.fixture
+def mini_models(models):
+    mini.make_mini_encoders(models / files.ENCODER_FOLDER)
+    mini.make_mini_flexip(models / files.ADAPTER_FOLDER / mini.MINI_FLEXIP)
+    return models
+
+
+def test_names_and_folders_of_encoder_files_mean_nothing(mini_models):
+    expected = encode(load(mini.MINI_FLEXIP), picture()).args[0]
+    encoders = mini_models / files.ENCODER_FOLDER
+    (encoders / "deep" / "er").mkdir(parents=True)
+    (encoders / mini.MINI_CLIP_FILE).rename(encoders / "deep" / "dino.safetensors")
+    (encoders / mini.MINI_DINO_FILE).rename(encoders / "deep" / "er" / "clip.safetensors")
+    (encoders / "page.safetensors").write_text("<!DOCTYPE html><html>")
+    save_file({"x": torch.zeros(2)}, encoders / "aaa.safetensors")
+    folder_paths.filename_list_cache.clear()
+    got = encode(load(mini.MINI_FLEXIP), picture()).args[0]
+    for name, value in expected.features.items():
+        assert torch.equal(got.features[name], value)
+
+
+def test_pictures_of_different_sizes_are_one_reference(mini_models):
+    adapters = load(mini.MINI_FLEXIP)
+    batch, tall, grey, clear = picture(1, batch=2), picture(2, 90, 30), picture(3, 33, 33, channels=1), picture(4, channels=4)
+    result = encode(adapters, [batch, tall, grey, clear])
+    reference = result.args[0]
+    assert reference.count == 5 and reference.features["cls"].shape[0] == reference.features["patches"].shape[0] == 5
+    assert all(not value.any() and value.shape == reference.features[name].shape for name, value in reference.null.items())
+    alone = encode(adapters, tall).args[0]
+    torch.testing.assert_close(reference.features["cls"][2], alone.features["cls"][0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_preview_is_what_the_encoder_saw(mini_models):
+    from PIL import Image
+
+    result = encode(load(mini.MINI_FLEXIP), picture(5, 60, 30), "pad")
+    saved = result.ui.values[0]
+    shown = Image.open(mini_models / saved["filename"])
+    assert shown.size == (224, 224)
+    assert all(abs(channel - 128) < 3 for channel in shown.getpixel((5, 112))), "pad has borders at the sides of a tall picture"
+    assert result.args[0].features["patches"].shape[1] == 256
+
+
+def test_the_subject_is_cut_out_by_a_mask_or_by_alpha(mini_models):
+    adapters = load(mini.MINI_FLEXIP)
+    scene = picture(6, 80, 120)
+    mask = torch.zeros(1, 80, 120)
+    mask[:, 20:50, 70:110] = 1
+    masked = encode(adapters, scene, "subject", mask).args[0].features["cls"]
+    assert (masked - encode(adapters, scene).args[0].features["cls"]).abs().max() > 1e-3
+    other = scene.clone()
+    other[:, :, :30] = 0  # far from the subject
+    torch.testing.assert_close(encode(adapters, other, "subject", mask).args[0].features["cls"], masked)
+    opaque = torch.cat([scene, torch.ones_like(scene[..., :1])], -1)
+    with pytest.raises(ValueError, match="EncodeReference: .*mask"):
+        encode(adapters, scene, "subject")
+    assert encode(adapters, opaque, "subject").args[0].count == 1
+
+
+@pytest.mark.parametrize("image, words", [
+    (torch.zeros(0, 8, 8, 3), "at least one picture"), (torch.full((1, 8, 8, 3), float("nan")), "EncodeReference"), (torch.zeros(1, 8, 8, 5), "EncodeReference"),
+    (torch.zeros(1, 0, 8, 3), "EncodeReference")])
+def test_what_is_no_picture_is_a_sentence(mini_models, image, words):
+    with pytest.raises(ValueError, match=words) as error:
+        encode(load(mini.MINI_FLEXIP), image)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wired_encoder_that_does_not_fit_is_a_sentence(mini_models):
+    with pytest.raises(ValueError, match="EncodeReference: .*clip_vision socket.*32 wide.*64 wide"):
+        encode(load(mini.MINI_FLEXIP), picture(), clip=core_encoder(CORE_CLIP, 1))
+
+
+def test_a_second_file_beside_a_flexip_file_is_a_sentence(mini_models):
+    adapters_file(mini_models, "second.safetensors")
+    with pytest.raises(ValueError, match="LoadFlexIPAdapters: .*holds both adapters.*auto"):
+        load(mini.MINI_FLEXIP, personalization="second.safetensors")
+
+
+def test_paths_out_of_the_folder_are_refused(mini_models):
+    secret = mini_models / "secret.safetensors"
+    secret.write_bytes((mini_models / files.ADAPTER_FOLDER / mini.MINI_FLEXIP).read_bytes())
+    for name in ("../secret.safetensors", str(secret), "gone.safetensors", ""):
+        with pytest.raises(ValueError, match="LoadFlexIPAdapters: there is no file"):
+            load(name)
+
+
+def test_adapters_and_encoders_are_under_comfyuis_memory_manager(mini_models):
+    adapters = load(mini.MINI_FLEXIP)
+    encode(adapters, picture())
+    managed = {id(loaded.model.model) for loaded in mm.current_loaded_models if loaded.model is not None}
+    assert {id(patcher.model) for patcher in adapters.towers.values()} <= managed and len(adapters.towers) == 2
+    again = load(mini.MINI_FLEXIP)
+    encode(again, picture())
+    assert again.towers["dino"] is adapters.towers["dino"], "one encoder file is held once"
+
+
+def test_a_changed_file_is_loaded_again(mini_models):
+    import os
+
+    arguments = dict(preservation=mini.MINI_FLEXIP, personalization="auto", clip_vision="auto", dino="auto")
+    before = LoadFlexIPAdapters.fingerprint_inputs(**arguments)
+    assert LoadFlexIPAdapters.fingerprint_inputs(**arguments) == before
+    os.utime(mini_models / files.ADAPTER_FOLDER / mini.MINI_FLEXIP, (1, 1))
+    assert LoadFlexIPAdapters.fingerprint_inputs(**arguments) != before
+
+
+def test_loading_keeps_the_files_precision(mini_models):
+    dtypes = {p.dtype for p in load(mini.MINI_FLEXIP).network.parameters()}
+    assert dtypes == {value.dtype for value in load_file(mini_models / files.ADAPTER_FOLDER / mini.MINI_FLEXIP).values()} == {torch.float16}
