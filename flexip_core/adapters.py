@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .config import FlexIPConfig
+from .config import FeatureNeed, FlexIPConfig
 from .resampler import Resampler
 
 ADAPTERS = ("preservation", "personalization")
@@ -79,6 +79,7 @@ class FlexIPNetwork(nn.Module):
             for name in ADAPTERS:
                 node[name] = KVProjection(cfg.text_width, inner, operations, **factory)
 
+    base = property(lambda self: self.cfg.base)
     gate_mode = property(lambda self: self.cfg.gate_mode)
     text_width = property(lambda self: self.cfg.text_width)
     block_widths = property(lambda self: self.cfg.blocks)
@@ -87,6 +88,10 @@ class FlexIPNetwork(nn.Module):
     @staticmethod
     def reads_text(adapter: str) -> bool:
         return adapter == "personalization"
+
+    def needs(self) -> tuple[FeatureNeed, ...]:
+        clip, dino = self.cfg.clip, self.cfg.dino
+        return FeatureNeed("cls", clip, "embedding", clip.width), FeatureNeed("patches", dino, "patches", dino.width)
 
     def tokens(self, adapter: str, features: Mapping[str, torch.Tensor], text: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens of one adapter for features "cls" (r, clip width), "patches" (r, p, dino width) and text (b, t, w).

@@ -49,6 +49,21 @@ class ResamplerConfig:
 
 
 @dataclass(frozen=True)
+class FeatureNeed:
+    """One thing that adapters read from the reference, under the name by which they ask for it.
+
+    kind: CLIP's projected [CLS] "embedding" (r, width), its "penultimate" tokens (r, n, width), or DINO's "patches"
+    (r, p, width). null: what stands for "no reference": "zeros", or the encoder's answer to "zero pixels".
+    """
+
+    name: str
+    encoder: ClipConfig | DinoConfig
+    kind: str
+    width: int
+    null: str = "zeros"
+
+
+@dataclass(frozen=True)
 class FlexIPConfig:
     """Everything that rebuilds the network from nothing but the file.
 

@@ -184,7 +184,7 @@ def _convert_shapes(shapes: Mapping[str, Shape], kind: str, layout: str, prefix:
 # --- shapes: what a tower's own layout reveals ---
 
 def tower_shape(kind: str, shapes: Mapping[str, Shape]) -> TowerShape:
-    """Reads the sizes from tensors in the tower's own layout. KeyError, IndexError or ValueError if they are no ViT's."""
+    """Reads the sizes from shapes in the tower's own layout. KeyError, IndexError or ValueError if it is no ViT."""
     if kind == "clip" and "class_embedding" in shapes:
         hidden = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
         return TowerShape(kind, shapes["class_embedding"][0], _count(shapes, "transformer.resblocks."), hidden,

@@ -151,6 +151,11 @@ def image_size(cfg: ClipConfig | DinoConfig) -> int:
     return _blueprint(cfg).image_size
 
 
+def statistics(cfg: ClipConfig | DinoConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel by which the pixels for the tower of `cfg` are normalised."""
+    return _blueprint(cfg).mean, _blueprint(cfg).std
+
+
 def describe_model(cfg: ClipConfig | DinoConfig) -> str:
     """For people: what encoder a checkpoint wants, "CLIP ViT-H/14 (1280 wide, ...)"."""
     return describe(wanted_shape(cfg))
@@ -162,7 +167,7 @@ def check_fits(name: str, shapes: Mapping[str, tuple[int, ...]], cfg: ClipConfig
     DINO positions may differ in number, because they are resampled.
     """
     wanted, file = _blueprint(cfg), encoder_files.identify(shapes)
-    need = f"this FlexIP checkpoint needs {describe(wanted.shape)}; choose the file for {cfg.model}"
+    need = f"these adapters need {describe(wanted.shape)}; choose the file for {cfg.model}"
     if file is None:
         raise ValueError(f"{name} is no image encoder that FlexIP knows, but {need}.")
     found = file.shape
@@ -188,6 +193,8 @@ class _Blueprint:
 
     shape: TowerShape
     image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     tensors: dict[str, tuple[int, ...]]
 
 
@@ -203,8 +210,17 @@ def _blueprint(cfg: ClipConfig | DinoConfig) -> _Blueprint:
             shape = encoder_files.tower_shape(tower.kind, tensors)
         except (KeyError, IndexError, ValueError):
             raise ValueError(f"{cfg.model!r} is not a plain vision transformer; FlexIP needs one.") from None
-        _blueprints[key] = _Blueprint(shape, tower.image_size, tensors)
+        _blueprints[key] = _Blueprint(shape, tower.image_size, tower.mean, tower.std, tensors)
     return _blueprints[key]
+
+
+def fits_shapes(shapes: Mapping[str, tuple[int, ...]], cfg: ClipConfig | DinoConfig) -> bool:
+    """Whether a file (or a connected encoder) with these tensors can fill the tower of `cfg`."""
+    try:
+        check_fits("", shapes, cfg)
+    except ValueError:
+        return False
+    return True
 
 
 def load_tower(cfg: ClipConfig | DinoConfig, source: str | Path | Mapping[str, Tensor],

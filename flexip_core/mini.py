@@ -1,7 +1,7 @@
 """The embedded mini models: the whole pack in a few megabytes, made on the spot, for the demo and the tests.
 
-They have the architecture of the real ones and random weights. They are UNTRAINED: what they draw is coloured noise, and
-only shows that everything runs and that the gate acts.
+They have the architecture of the real ones and random weights. They are UNTRAINED: what they draw is coloured noise,
+and only shows that everything runs and that the gate acts.
 """
 from __future__ import annotations
 

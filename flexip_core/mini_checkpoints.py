@@ -1,10 +1,10 @@
 """Seeded, untrained Stable Diffusion checkpoints of a few megabytes that ComfyUI's stock CheckpointLoaderSimple loads.
 
-ComfyUI recognises a family by a few shapes (comfy/model_detection.py) and takes the rest from the file: the UNet may have
-few and narrow levels, the VAE may be a TAESD. Only the text encoders must have their full size, because their layers and
-widths are fixed; a missing one would stay uninitialised memory. So every tensor is a strided view into a few shared
-pools: torch.save stores each pool once, torch.load(weights_only=True) restores the views, and the file stays small
-whatever the widths. (Safetensors writes views out in full, hence the .ckpt.)
+ComfyUI recognises a family by a few shapes (comfy/model_detection.py) and takes the rest from the file: the UNet may
+have few and narrow levels, the VAE may be a TAESD. Only the text encoders must have their full size, because their
+layers and widths are fixed; a missing one would stay uninitialised memory. So every tensor is a strided view into a few
+shared pools: torch.save stores each pool once, torch.load(weights_only=True) restores the views, and the file stays
+small whatever the widths. (Safetensors writes views out in full, hence the .ckpt.)
 """
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ SDXL = Family(text_width=2048, linear_projection=True, vector_width=2816, vae_sc
 _SD15_DEPTHS = ((1, 1, 1, 1, 1, 1, 0, 0), 1, (0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1))
 _SDXL_DEPTHS = ((0, 0, 2, 2, 10, 10), 10, (10, 10, 10, 2, 2, 2, 0, 0, 0))
 
-# min: as small as the family's detection allows. narrow: every block of the real model, all 320 wide. full: real widths.
+# min: as small as the family's detection allows. narrow: every block of the real model, all 320 wide. full: real
+# widths.
 # SDXL is recognised by its input depths; (0, 2, 5) is the distilled KOALA-700M, which ComfyUI treats as an SDXL.
 LAYOUTS = {
     "sd15_min": Layout(SD15, (320, 320), 1, (0, 1), 1, (1, 1, 0, 0)),
@@ -69,7 +70,7 @@ def block_widths(layout: str) -> dict[str, int]:
 def make_base(path: str | Path, layout: str = "sd15_min", seed: int = 0) -> None:
     """Writes a checkpoint (UNet, text encoders, VAE) to `path`, which must end in .ckpt."""
     if Path(path).suffix != ".ckpt":
-        raise ValueError(f"A mini checkpoint is a .ckpt file (its tensors share memory), got the name {Path(path).name}.")
+        raise ValueError(f"A mini checkpoint is a .ckpt file (its tensors share memory), got {Path(path).name}.")
     shape = _layout(layout)
     weights = Weights(seed)
     _unet(weights, shape)

@@ -150,9 +150,9 @@ def _safetensors_header(path: Path) -> Header:
     try:
         data = json.loads(raw, object_pairs_hook=_no_duplicates)
     except _DuplicateKey as error:
-        raise _bad(path, f"lists the name {error.args[0]!r} twice in its header; {_AGAIN} or convert it again") from None
+        raise _bad(path, f"lists the name {error.args[0]!r} twice in its header; {_AGAIN}") from None
     except (ValueError, RecursionError):  # not UTF-8, not JSON, absurdly long numbers, absurdly nested
-        raise _bad(path, f"has a header that is not valid JSON, so it is damaged or not safetensors; {_AGAIN}") from None
+        raise _bad(path, f"is damaged or not safetensors (its header is not valid JSON); {_AGAIN}") from None
     metadata = data.pop("__metadata__", {}) if isinstance(data, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _bad(path, f"has a header whose metadata is not a list of texts, so it is not safetensors; {_AGAIN}")

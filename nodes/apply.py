@@ -57,17 +57,20 @@ def check_base(model: Any, adapters: LoadedAdapters) -> None:
     wanted = adapters.network.block_widths
     if widths != wanted or text_width != adapters.network.text_width:
         raise ValueError(
-            f"{NODE}: {adapters.title} was made for {adapters.network.cfg.base} ({len(wanted)} cross-attention blocks, text {adapters.network.text_width} wide), "
+            f"{NODE}: {adapters.title} was made for {adapters.network.base} ({len(wanted)} cross-attention blocks, text {adapters.network.text_width} wide), "
             f"but the model ({name}) has {len(widths)} blocks and text {text_width} wide. Use a checkpoint and adapters of the same base."
         )
 
 
 def check_reference(adapters: LoadedAdapters, reference: Reference) -> None:
-    cfg = adapters.network.cfg
-    wanted = {"cls": cfg.clip.width, "patches": cfg.dino.width}
-    got = {key: value.shape[-1] for key, value in reference.features.items()}
+    wanted = {need.name: need.width for need in adapters.network.needs()}
+    got = {name: value.shape[-1] for name, value in reference.features.items()}
     if got != wanted:
         raise ValueError(
-            f"{NODE}: {adapters.title} reads CLIP {wanted['cls']} and DINO {wanted['patches']} wide, but the reference was encoded with {reference.encoders} "
-            f"({', '.join(f'{key} {width}' for key, width in got.items())}). Wire the same adapters into Encode Reference."
+            f"{NODE}: {adapters.title} reads {_widths(wanted)} wide, but the reference was encoded for other adapters ({_widths(got)} wide, with "
+            f"{reference.encoders}). Wire the same adapters into Encode Reference."
         )
+
+
+def _widths(widths: dict[str, int]) -> str:
+    return ", ".join(f"{name} {width}" for name, width in widths.items())

@@ -43,19 +43,19 @@ class EncodeReference(io.ComfyNode):
     @classmethod
     def execute(cls, adapters: list[LoadedAdapters], image: list[torch.Tensor], crop: list[str], mask: list | None = None,
                 clip_vision: list | None = None, dino: list | None = None) -> io.NodeOutput:
-        loaded, clip_wire, dino_wire = adapters[0], _first(clip_vision), _first(dino)
-        cfg = loaded.network.cfg
-        clip_size = image_size(cfg.clip)
+        loaded, needs = adapters[0], adapters[0].network.needs()
+        wires = {"clip_vision": _first(clip_vision), "dino": _first(dino)}
+        for role, wire in wires.items():
+            encoders.refuse_unused([need for need in needs if encoders.role_of(need) == role], wire)
         pairs = list(_pictures(image, mask))
-        seen = {size: torch.stack([_prepared(picture, m, crop[0], size) for picture, m in pairs]) for size in {clip_size, cfg.dino.image_size}}
-        cls_features, clip_from = encoders.features("clip_vision", cfg.clip, loaded.clip_path, clip_wire, seen[clip_size], loaded.towers)
-        patches, dino_from = encoders.features("dino", cfg.dino, loaded.dino_path, dino_wire, seen[cfg.dino.image_size], loaded.towers)
-        features = {"cls": cls_features, "patches": patches}
-        reference = Reference(
-            features=features,
-            null={name: torch.zeros_like(value) for name, value in features.items()},  # training drops to zeros, too
-            encoders=f"{cfg.clip.model} from {clip_from}, {cfg.dino.model} from {dino_from}",
-        )
+        seen = {size: torch.stack([_prepared(picture, m, crop[0], size) for picture, m in pairs]) for size in {image_size(need.encoder) for need in needs}}
+        features, null, sources = {}, {}, []
+        for need in needs:
+            wire = encoders.wired_for(need, wires[encoders.role_of(need)])
+            features[need.name], null[need.name], source = encoders.features(
+                need, loaded.paths[need.name], wire, seen[image_size(need.encoder)], loaded.towers)
+            sources.append(f"{need.encoder.model} from {source}")
+        reference = Reference(features, null, ", ".join(dict.fromkeys(sources)))
         return io.NodeOutput(reference, ui=ui.PreviewImage(seen[max(seen)], cls=None))
 
 

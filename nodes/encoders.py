@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,25 +12,36 @@ import comfy.model_patcher
 import torch
 
 from ..flexip_core import encoder_files, encoders, images
-from ..flexip_core.config import ClipConfig, DinoConfig
+from ..flexip_core.config import ClipConfig, DinoConfig, FeatureNeed
 from ..flexip_core.weights import read_header
 from . import files
 
 NODE = "EncodeReference"
+Runner = Callable[[torch.Tensor], torch.Tensor]  # normalised pixels (b, 3, s, s) -> feature
 CHUNK = 8  # pictures per forward pass: bounds the memory of a long list of references
 _loaded: WeakValueDictionary[tuple, comfy.model_patcher.ModelPatcher] = WeakValueDictionary()
 
 
-def resolve(choice: str, cfg: ClipConfig | DinoConfig, node: str) -> str | None:
-    """Path of the encoder file for `cfg`; None if "auto" finds none (a wire may bring it).
+def resolve(needs: tuple[FeatureNeed, ...], choices: dict[str, str], node: str) -> dict[str, str | None]:
+    """Path of the encoder file per need; None where "auto" finds none (a wire may bring it).
 
-    A chosen file that does not fit is refused here, before any tensor is read.
+    A chosen file serves every need that it fits, the others are found as with "auto". One that fits none is refused here,
+    before any tensor is read.
     """
-    if choice != files.AUTO:
-        path = files.path_of(files.ENCODER_FOLDER, choice, node)
-        with named(node):
-            encoders.check_fits(choice, read_header(path).shapes, cfg)
-        return path
+    paths = {}
+    for role, choice in choices.items():
+        mine = [need for need in needs if role_of(need) == role]
+        chosen = None if choice == files.AUTO else files.path_of(files.ENCODER_FOLDER, choice, node)
+        for need in mine:
+            fits = chosen is not None and encoders.fits_shapes(read_header(chosen).shapes, need.encoder)
+            paths[need.name] = chosen if fits else _find(need.encoder, node)
+        if chosen is not None and mine and chosen not in paths.values():
+            with named(node):
+                encoders.check_fits(choice, read_header(chosen).shapes, mine[0].encoder)
+    return paths
+
+
+def _find(cfg: ClipConfig | DinoConfig, node: str) -> str | None:
     for name in files.names(files.ENCODER_FOLDER):
         path = files.path_of(files.ENCODER_FOLDER, name, node)
         try:
@@ -50,18 +61,46 @@ def named(node: str) -> Iterator[None]:
         raise ValueError(f"{node}: {error}") from None
 
 
-def features(role: str, cfg: ClipConfig | DinoConfig, path: str | None, wired: Any, pictures: torch.Tensor, owner: dict) -> tuple[torch.Tensor, str]:
-    """Encode prepared pictures (r, s, s, 3) -> CLIP [CLS] (r, width) or DINO patch tokens (r, p, width) on the CPU in float32.
+def features(need: FeatureNeed, path: str | None, wired: Any, pictures: torch.Tensor, owner: dict) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """What `need` asks for, of prepared pictures (r, s, s, 3) and of the null reference, on the CPU in float32.
 
     Also returns where the weights came from, for the report. A tower read from a file lives as long as `owner`, where it is noted.
     """
     if wired is not None:
-        return _from_core(role, cfg, wired, pictures), f"{role} socket"
-    if path is None:
-        raise ValueError(_none_found(role, cfg))
-    patcher = owner[role] = _patcher(cfg, path)
-    mm.load_models_gpu([patcher], memory_required=_memory(pictures), force_full_load=True)
-    return _forward(patcher.model, pictures), os.path.basename(path)
+        run, source = _core_runner(need, wired), f"the {role_of(need)} socket"
+    elif path is None:
+        raise ValueError(_none_found(need))
+    else:
+        patcher = owner[repr(need.encoder)] = _patcher(need.encoder, path)
+        mm.load_models_gpu([patcher], memory_required=_memory(pictures), force_full_load=True)
+        run, source = _tower_runner(need, patcher.model), os.path.basename(path)
+    mean, std = encoders.statistics(need.encoder)
+    with torch.no_grad():
+        pixels = images.normalise(pictures, mean, std)
+        feature = torch.cat([run(chunk).float().cpu() for chunk in pixels.split(CHUNK)])
+        null = torch.zeros_like(feature) if need.null == "zeros" else run(torch.zeros_like(pixels[:1])).float().cpu().expand_as(feature)
+    return feature, null, source
+
+
+def role_of(need: FeatureNeed) -> str:
+    return "dino" if need.kind == "patches" else "clip_vision"
+
+
+def wired_for(need: FeatureNeed, wired: Any) -> Any:
+    """The wired core model if it can serve this need; a wire that serves none of its needs is refused by `refuse_unused`."""
+    return wired if wired is not None and encoders.fits_shapes(_shapes(wired), need.encoder) else None
+
+
+def refuse_unused(needs: list[FeatureNeed], wired: Any) -> None:
+    if wired is not None and not any(wired_for(need, wired) for need in needs):
+        with named(NODE):
+            if not needs:
+                raise ValueError("these adapters read no such encoder; take the wire off.")
+            encoders.check_fits(f"The model on the {role_of(needs[0])} socket", _shapes(wired), needs[0].encoder)
+
+
+def _shapes(clip_vision: Any) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in clip_vision.get_sd().items()}
 
 
 def _patcher(cfg: ClipConfig | DinoConfig, path: str) -> comfy.model_patcher.ModelPatcher:
@@ -78,25 +117,23 @@ def _patcher(cfg: ClipConfig | DinoConfig, path: str) -> comfy.model_patcher.Mod
     return patcher
 
 
-def _from_core(role: str, cfg: ClipConfig | DinoConfig, clip_vision: Any, pictures: torch.Tensor) -> torch.Tensor:
+def _tower_runner(need: FeatureNeed, tower: torch.nn.Module) -> Runner:
+    return tower.penultimate if need.kind == "penultimate" else tower
+
+
+def _core_runner(need: FeatureNeed, clip_vision: Any) -> Runner:
     """A loaded core CLIP_VISION: run as it is at its own size, else its weights in our tower (the shared object stays as it is)."""
-    weights = clip_vision.get_sd()
-    with named(NODE):
-        encoders.check_fits(f"The model on the {role} socket", {key: tuple(value.shape) for key, value in weights.items()}, cfg)
-    if clip_vision.image_size == pictures.shape[1]:
-        outputs = [clip_vision.encode_image(chunk, crop=False) for chunk in pictures.split(CHUNK)]
-        if isinstance(cfg, ClipConfig):
-            return torch.cat([out["image_embeds"].float().cpu() for out in outputs])
-        skipped = 1 + encoders.wanted_shape(cfg).registers
-        return torch.cat([out["last_hidden_state"][:, skipped:].float().cpu() for out in outputs])
-    tower = encoders.from_core_clip_vision(weights, cfg).to(mm.text_encoder_device())  # belongs to this one run of the node
-    return _forward(tower, pictures)
+    if clip_vision.image_size != encoders.image_size(need.encoder):
+        tower = encoders.from_core_clip_vision(clip_vision.get_sd(), need.encoder)
+        return _tower_runner(need, tower.to(mm.text_encoder_device()))  # belongs to this one run of the node
+    mm.load_model_gpu(clip_vision.patcher)
+    skipped = 1 + encoders.wanted_shape(need.encoder).registers
 
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        last, penultimate, embedding, *_ = clip_vision.model(pixel_values=pixels.to(clip_vision.load_device), intermediate_output=-2)
+        return {"embedding": embedding, "penultimate": penultimate, "patches": last[:, skipped:]}[need.kind]
 
-def _forward(tower: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        pixels = images.normalise(pictures, tower.mean, tower.std)
-        return torch.cat([tower(chunk).float().cpu() for chunk in pixels.split(CHUNK)])
+    return run
 
 
 def _memory(pictures: torch.Tensor) -> int:
@@ -104,7 +141,7 @@ def _memory(pictures: torch.Tensor) -> int:
     return min(len(pictures), CHUNK) * pictures.shape[1] * pictures.shape[2] * 2048
 
 
-def _none_found(role: str, cfg: ClipConfig | DinoConfig) -> str:
+def _none_found(need: FeatureNeed) -> str:
     seen = []
     for name in files.names(files.ENCODER_FOLDER):
         try:
@@ -113,8 +150,8 @@ def _none_found(role: str, cfg: ClipConfig | DinoConfig) -> str:
         except ValueError:
             seen.append(f"{name} (unreadable)")
     return (
-        f"{NODE}: these adapters want {encoders.describe_model(cfg)}, and no file in {files.searched(files.ENCODER_FOLDER)} is one. "
-        f"Looked at: {', '.join(seen) or 'no files at all'}. Put the encoder's file there, or wire a loaded one into {role}."
+        f"{NODE}: these adapters want {encoders.describe_model(need.encoder)}, and no file in {files.searched(files.ENCODER_FOLDER)} is one. "
+        f"Looked at: {', '.join(seen) or 'no files at all'}. Put the encoder's file there, or wire a loaded one into {role_of(need)}."
     )
 
 

@@ -5,16 +5,31 @@ import os
 
 import folder_paths
 
-ADAPTER_FOLDER = "flexip"
+ADAPTER_FOLDERS = ("flexip", "ipadapter")
 ENCODER_FOLDER = "clip_vision"
 AUTO = "auto"
 
 
 def register_folders() -> None:
-    """models/flexip; paths that extra_model_paths.yaml added before stay in front."""
-    folder_paths.add_model_folder_path(ADAPTER_FOLDER, os.path.join(folder_paths.models_dir, ADAPTER_FOLDER))
-    paths, _ = folder_paths.folder_names_and_paths[ADAPTER_FOLDER]
-    folder_paths.folder_names_and_paths[ADAPTER_FOLDER] = (paths, {".safetensors", ".sft"})
+    """models/flexip and models/ipadapter; paths that extra_model_paths.yaml or another pack added before stay in front."""
+    for folder in ADAPTER_FOLDERS:
+        folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
+        paths, extensions = folder_paths.folder_names_and_paths[folder]
+        if not extensions:  # as extra_model_paths.yaml leaves it; empty would list every file
+            folder_paths.folder_names_and_paths[folder] = (paths, set(folder_paths.supported_pt_extensions))
+
+
+def adapter_names() -> list[str]:
+    """Files of both folders; a name in both means the first folder's."""
+    return list(dict.fromkeys(name for folder in ADAPTER_FOLDERS for name in names(folder)))
+
+
+def adapter_path(name: str, node: str) -> str:
+    folder = next((folder for folder in ADAPTER_FOLDERS if name in names(folder)), None)
+    if folder is None:
+        where = " or ".join(map(searched, ADAPTER_FOLDERS))
+        raise ValueError(f"{node}: there is no file {name!r} in {where}. Files found there: {', '.join(adapter_names()) or 'none'}.")
+    return path_of(folder, name, node)
 
 
 def names(folder: str) -> list[str]:

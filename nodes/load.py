@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
 from comfy_api.v0_0_2 import io
 
-from ..flexip_core.adapters import FlexIPNetwork
-from ..flexip_core.checkpoint import load_checkpoint
+from ..flexip_core.checkpoint import is_flexip, load_checkpoint
+from ..flexip_core.ip_adapter import load_pair
+from ..flexip_core.weights import read_header
 from . import encoders, files
 from .types import CATEGORY, FlexIPAdapters
 
@@ -22,17 +24,16 @@ class LoadedAdapters:
     """What travels on FLEXIP_ADAPTERS; shared by every node that reads it. Only `towers` fills up, with encoders once they are used."""
 
     title: str
-    network: FlexIPNetwork
+    network: Any  # FlexIPNetwork or IPAdapterPair
     patcher: comfy.model_patcher.ModelPatcher
-    clip_path: str | None
-    dino_path: str | None
+    paths: dict[str, str | None]  # feature name -> encoder file; None where "auto" found none (a wire may bring it)
     towers: dict[str, comfy.model_patcher.ModelPatcher] = field(default_factory=dict)
 
 
 class LoadFlexIPAdapters(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        adapters, vision = files.names(files.ADAPTER_FOLDER), files.names(files.ENCODER_FOLDER)
+        adapters, vision = files.adapter_names(), files.names(files.ENCODER_FOLDER)
         return io.Schema(
             node_id=NODE,
             display_name="Load FlexIP Adapters",
@@ -40,9 +41,9 @@ class LoadFlexIPAdapters(io.ComfyNode):
             description="Loads the adapters that carry a reference picture into the image: preservation keeps the subject, personalization follows the prompt.",
             search_aliases=["ip-adapter", "ipadapter", "reference image", "identity", "subject"],
             inputs=[
-                io.Combo.Input("preservation", options=adapters, tooltip="File in models/flexip. A FlexIP file holds both adapters."),
+                io.Combo.Input("preservation", options=adapters, tooltip="What keeps the subject: a FlexIP file in models/flexip (it holds both adapters), or an IP-Adapter file in models/ipadapter, typically ip-adapter-plus."),
                 io.Combo.Input("personalization", options=[files.AUTO, *adapters], default=files.AUTO,
-                               tooltip="auto: the second adapter of the FlexIP file above. A second file is only for pairs of single adapters."),
+                               tooltip="auto: the second adapter of the FlexIP file above, none beside an IP-Adapter. Or a second IP-Adapter file, typically plain ip-adapter, composition or style."),
                 io.Combo.Input("clip_vision", options=[files.AUTO, *vision], default=files.AUTO, advanced=True,
                                tooltip="CLIP image encoder in models/clip_vision. auto: the file there that fits, found by its contents."),
                 io.Combo.Input("dino", options=[files.AUTO, *vision], default=files.AUTO, advanced=True,
@@ -53,21 +54,30 @@ class LoadFlexIPAdapters(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, preservation: str, personalization: str, clip_vision: str, dino: str) -> list:
-        chosen = [(files.ADAPTER_FOLDER, preservation), (files.ADAPTER_FOLDER, personalization), (files.ENCODER_FOLDER, clip_vision), (files.ENCODER_FOLDER, dino)]
-        return [os.stat(files.path_of(folder, name, NODE)).st_mtime_ns for folder, name in chosen if name != files.AUTO]
+        paths = [files.adapter_path(name, NODE) for name in (preservation, personalization) if name != files.AUTO]
+        paths += [files.path_of(files.ENCODER_FOLDER, name, NODE) for name in (clip_vision, dino) if name != files.AUTO]
+        return [os.stat(path).st_mtime_ns for path in paths]
 
     @classmethod
     def execute(cls, preservation: str, personalization: str, clip_vision: str, dino: str) -> io.NodeOutput:
-        if personalization not in (files.AUTO, preservation):
-            raise ValueError(f"{NODE}: {preservation} is a FlexIP file and holds both adapters; set personalization to {files.AUTO}.")
-        path = files.path_of(files.ADAPTER_FOLDER, preservation, NODE)
-        with encoders.named(NODE):
-            network = load_checkpoint(path, operations=comfy.ops.manual_cast)
+        second = None if personalization in (files.AUTO, preservation) else personalization
+        network = load_network(preservation, second)
         patcher = comfy.model_patcher.CoreModelPatcher(network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+        choices = {"clip_vision": clip_vision, "dino": dino}
         return io.NodeOutput(LoadedAdapters(
-            title=preservation,
+            title=preservation if second is None else f"{preservation} + {second}",
             network=network,
             patcher=patcher,
-            clip_path=encoders.resolve(clip_vision, network.cfg.clip, NODE),
-            dino_path=encoders.resolve(dino, network.cfg.dino, NODE),
+            paths=encoders.resolve(network.needs(), choices, NODE),
         ))
+
+
+def load_network(preservation: str, personalization: str | None) -> Any:
+    """The network of one FlexIP file, or of one or two IP-Adapter files."""
+    path = files.adapter_path(preservation, NODE)
+    with encoders.named(NODE):
+        if not is_flexip(read_header(path)):
+            return load_pair(path, personalization and files.adapter_path(personalization, NODE), comfy.ops.manual_cast)
+        if personalization is not None:
+            raise ValueError(f"{preservation} is a FlexIP file and holds both adapters; set personalization to {files.AUTO}.")
+        return load_checkpoint(path, operations=comfy.ops.manual_cast)

@@ -4,8 +4,8 @@
     python3 scripts/demo.py                      # everything in .flexip/, about 7 GB, minutes the first time
     python3 scripts/demo.py --comfyui DIR        # with an installation that is already there
 
-The models are FlexIP's mini models: made on the spot, untrained. The picture shows that all parts work together and that
-the gate acts; it does not show what trained adapters draw.
+The models are FlexIP's mini models: made on the spot, untrained. The picture shows that all parts work together and
+that the gate acts; it does not show what trained adapters draw.
 """
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def photograph(env: environment.Environment) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             data = archive.read(PHOTO_FILE)
         if hashlib.sha256(data).hexdigest() != PHOTO_SHA256:
-            raise environment.SetupError(f"{wheel.name} holds another {PHOTO_FILE} than expected. Give one: --image FILE.")
+            raise environment.SetupError(f"{wheel.name} holds another {PHOTO_FILE} than expected. Use --image FILE.")
         picture = Path(scratch) / path.name
         picture.write_bytes(data)
         os.replace(picture, path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import os
 import re
 import shlex
@@ -67,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--home", metavar="DIR", default=os.environ.get("FLEXIP_HOME", str(REPO / ".flexip")),
                         help="where everything is kept (default: FLEXIP_HOME, else %(default)s)")
     parser.add_argument("--torch", metavar="PACKAGES", default=os.environ.get("FLEXIP_TORCH", TORCH),
-                        help='what pip installs as torch, options included (default: FLEXIP_TORCH, else "%(default)s"); '
-                        '"skip" uses the torch of the Python that runs this script')
+                        help='what pip installs as torch, options included (default: FLEXIP_TORCH, else '
+                        '"%(default)s"); "skip" uses the torch of the Python that runs this script')
 
 
 def prepare(options: argparse.Namespace, *extra_requirements: Path) -> Environment:
@@ -95,8 +94,6 @@ def prepare(options: argparse.Namespace, *extra_requirements: Path) -> Environme
 def make_venv(home: Path, share_packages: bool = False) -> Path:
     """The Python of `home`/venv, made with the Python that runs this unless it is already there."""
     check_python_version(sys.version_info[:2])
-    if share_packages and importlib.util.find_spec("torch") is None:
-        raise SetupError(f'--torch skip uses the torch of {sys.executable}, which has none. Leave "--torch skip" out.')
     venv, stamp = home / "venv", home / "venv" / "flexip-venv.stamp"
     wanted = _digest([str(sys.version_info[:2]), str(share_packages)])
     if _read(stamp) != wanted:
@@ -106,6 +103,9 @@ def make_venv(home: Path, share_packages: bool = False) -> Path:
         with step("Making a virtual environment"):
             run(command, home / "logs" / "venv.log", "Making a virtual environment (on Debian and Ubuntu it needs "
                 "the package python3-venv)")
+        if share_packages:
+            run([python_of(venv), "-c", "import torch"], home / "logs" / "torch.log",
+                f"--torch skip, which needs a torch among the packages of {sys.base_prefix},")
         stamp.write_text(wanted)
     return python_of(venv)
 
@@ -169,10 +169,9 @@ def extract(archive: Path, prefix: str, target: Path) -> None:
 
 def find_installation(folder: Path) -> tuple[Path, Path]:
     """An existing ComfyUI's own folder and its Python; `folder` may also be the Windows portable build's top folder."""
-    trees = [path for path in (folder, folder / "ComfyUI") if (path / "main.py").is_file() and (path / "comfy").is_dir()]
-    if not trees:
+    tree = next((path.resolve() for path in (folder, folder / "ComfyUI") if (path / "main.py").is_file()), None)
+    if tree is None or not (tree / "comfy").is_dir():
         raise SetupError(f"{folder} is not a ComfyUI folder: it has no main.py and comfy/. Give the folder of main.py.")
-    tree = trees[0].resolve()
     found = re.search(r'__version__ = "(\d+)\.(\d+)\.(\d+)', _read(tree / "comfyui_version.py"))
     version = ".".join(found.groups()) if found else "of unknown version"
     if not found or tuple(map(int, found.groups())) < tuple(map(int, COMFYUI_VERSION.split("."))):

@@ -15,9 +15,10 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / "scripts"), str(REPO)]  # the portable build's Python adds neither
 from environment import step  # noqa: E402
-from flexip_core import mini  # noqa: E402
 from server import ComfyServer, PromptError  # noqa: E402
 from workflow import nodes_of, set_inputs, to_prompt  # noqa: E402
+
+from flexip_core import mini  # noqa: E402
 
 WORKFLOW = REPO / "workflows" / "flexip_gate_sweep.json"
 SIZE, STEPS = 256, 8
@@ -42,7 +43,8 @@ def gate_sweep_prompt(object_info: dict[str, Any], image: str) -> dict[str, Any]
 def sheet_node(prompt: dict[str, Any]) -> str:
     """The node that saves the contact sheet."""
     sampler = nodes_of(prompt, "FlexIPSampler")[0]
-    return next(node for node in nodes_of(prompt, "SaveImage") if prompt[node]["inputs"]["images"] == [sampler, SHEET_OUTPUT])
+    sheet = [sampler, SHEET_OUTPUT]
+    return next(node for node in nodes_of(prompt, "SaveImage") if prompt[node]["inputs"]["images"] == sheet)
 
 
 def show_progress(message: dict[str, Any]) -> None:
@@ -50,7 +52,8 @@ def show_progress(message: dict[str, Any]) -> None:
     if message["type"] == "progress":
         value, most = message["data"]["value"], message["data"]["max"]
         filled = round(30 * value / most)
-        print(f"\r  [{'#' * filled}{'.' * (30 - filled)}] {value}/{most} ", end="\n" if value == most else "", flush=True)
+        bar = "#" * filled + "." * (30 - filled)
+        print(f"\r  [{bar}] {value}/{most}", end="\n" if value == most else "", flush=True)
 
 
 def main() -> int:

@@ -174,11 +174,11 @@ class ComfyServer:
 
         async def listen() -> None:
             with contextlib.suppress(asyncio.CancelledError, aiohttp.ClientError):
-                async with aiohttp.ClientSession() as session:
-                    async with session.ws_connect(f"{self.url}/ws?clientId={client_id}", max_msg_size=0) as websocket:
-                        async for message in websocket:
-                            is_text = message.type == aiohttp.WSMsgType.TEXT
-                            received.put(json.loads(message.data) if is_text else {"type": "preview"})
+                url = f"{self.url}/ws?clientId={client_id}"
+                async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as websocket:
+                    async for message in websocket:
+                        is_text = message.type == aiohttp.WSMsgType.TEXT
+                        received.put(json.loads(message.data) if is_text else {"type": "preview"})
             received.put({"type": "closed"})
 
         loop = asyncio.new_event_loop()
@@ -229,8 +229,10 @@ def link_folder(source: Path, target: Path) -> None:
 
 def _refusal(answer: dict[str, Any]) -> str:
     """What is wrong with a prompt, in one line per node; `answer` is the body of the 400."""
-    lines = [f"{node['class_type']} ({node_id}): " + "; ".join(f"{e['message']}: {e['details']}" for e in node["errors"])
-             for node_id, node in (answer.get("node_errors") or {}).items()]
+    lines = []
+    for node_id, node in (answer.get("node_errors") or {}).items():
+        errors = "; ".join(f"{error['message']}: {error['details']}" for error in node["errors"])
+        lines.append(f"{node['class_type']} ({node_id}): {errors}")
     return "\n".join(lines) or f"{answer['error']['message']} {answer['error'].get('details', '')}"
 
 

@@ -26,7 +26,8 @@ def run_folder(env: environment.Environment, folder: str, arguments: list[str]) 
     """pytest's exit code and its counts."""
     tests, report = environment.REPO / "tests", env.home / "logs" / f"tests-{folder}.xml"
     report.unlink(missing_ok=True)
-    command = [env.python, "-m", "pytest", "-c", tests / "pytest.ini", f"--junitxml={report}", tests / folder, *arguments]
+    command = [env.python, "-m", "pytest", "-c", tests / "pytest.ini", f"--junitxml={report}", tests / folder,
+               *arguments]
     variables = {**os.environ, "COMFYUI_TREE": str(env.comfyui), "OMP_NUM_THREADS": "1"}
     print(f"\n== tests/{folder}", flush=True)
     code = subprocess.run(list(map(str, command)), cwd=environment.REPO, env=variables).returncode

@@ -1,4 +1,4 @@
-"""ComfyUI in this process, on the CPU, with the pack imported as `flexip_pack` (as ComfyUI imports it: not as `nodes`)."""
+"""ComfyUI in this process, on the CPU, with the pack as the package `flexip_pack` (so that `nodes` is ComfyUI's)."""
 from __future__ import annotations
 
 import importlib.util
@@ -25,6 +25,7 @@ import comfy.cli_args  # noqa: E402, F401 - reads sys.argv
 
 sys.argv = arguments
 
-spec = importlib.util.spec_from_file_location("flexip_pack", REPO / "__init__.py", submodule_search_locations=[str(REPO)])
+location = REPO / "__init__.py"
+spec = importlib.util.spec_from_file_location("flexip_pack", location, submodule_search_locations=[str(REPO)])
 sys.modules["flexip_pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["flexip_pack"])

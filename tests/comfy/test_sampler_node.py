@@ -131,3 +131,17 @@ def test_our_noise_equals_what_the_sampler_makes_itself():
     own = k.BrownianTreeNoiseSampler(x, sigmas[sigmas > 0].min(), sigmas.max(), seed=3, cpu=True)
     assert torch.equal(noise_sampler("dpmpp_2m_sde", x, sigmas, 3)(sigmas[0], sigmas[1]), own(sigmas[0], sigmas[1]))
     assert torch.equal(noise_sampler("lcm", x, sigmas, 3)(None, None), k.default_noise_sampler(x, seed=3)(None, None))
+
+
+def test_progress_and_live_preview_come_as_from_ksampler(gated, monkeypatch):
+    import comfy.utils
+    import latent_preview
+
+    shown = []
+    monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, node_id=None: shown.append((value, total, preview is not None)))
+    run(gated, "0, 1")
+    ours = list(shown)
+    shown.clear()
+    ksampler(gated)
+    assert ours == shown == [(1, 3, True), (2, 3, True), (3, 3, True)]

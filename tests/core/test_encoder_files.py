@@ -3,8 +3,8 @@
 The fixtures come from each library's own saving function. Meta's names cannot be produced by an installed library; they
 are those of facebookresearch/dinov2, dinov2/models/vision_transformer.py (class DinoVisionTransformer and its layers
 PatchEmbed, Attention, Mlp, SwiGLUFFN, LayerScale), as huggingface/transformers lists them in
-convert_dinov2_with_registers_to_hf.py (create_rename_keys, read_in_q_k_v). Chunked blocks: BlockChunk there, and the key
-listings in facebookresearch/dinov2 issues 210, 235 and 321.
+convert_dinov2_with_registers_to_hf.py (create_rename_keys, read_in_q_k_v). Chunked blocks: BlockChunk there, and the
+key listings in facebookresearch/dinov2 issues 210, 235 and 321.
 """
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ DINO_SWIGLU = TowerShape("dino", width=32, depth=3, mlp=88, patch=14, positions=
 DINO_REG = TowerShape("dino", width=32, depth=3, mlp=128, patch=14, positions=4, out=32, registers=4,
                       class_position=False)
 VISION = {"width": 32, "layers": 3, "head_width": 16, "patch_size": 14, "image_size": 28}
-HF_CLIP = dict(hidden_size=32, intermediate_size=128, projection_dim=24, num_hidden_layers=3, num_attention_heads=2,
-               image_size=28, patch_size=14)
-HF_DINO = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14)
-HF_TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50,
-               projection_dim=24, bos_token_id=1, eos_token_id=2)
+HF_CLIP = {"hidden_size": 32, "intermediate_size": 128, "projection_dim": 24, "num_hidden_layers": 3,
+           "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+HF_DINO = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+HF_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+           "vocab_size": 50, "projection_dim": 24, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def saved_by_transformers(model, tmp_path):

@@ -86,7 +86,7 @@ def test_state_dict_is_unwrapped_and_nested_dicts_are_joined_with_dots(tmp_path)
 
 
 def test_views_in_a_small_pickle_stay_views(tmp_path):
-    torch.save({"big": torch.zeros(1).expand(1000, 1000, 1000, 1000)}, tmp_path / "x.bin")  # 4 TB if it were written out
+    torch.save({"big": torch.zeros(1).expand(1000, 1000, 1000, 1000)}, tmp_path / "x.bin")  # 4 TB if written
     assert read_header(tmp_path / "x.bin").shapes == {"big": (1000,) * 4}
     assert read_tensors(tmp_path / "x.bin")["big"].untyped_storage().nbytes() == 4
 
@@ -147,7 +147,8 @@ def test_every_damaged_safetensors_file_gets_its_sentence(tmp_path, fault):
 
 
 def test_overlapping_tensors_are_refused(tmp_path):
-    path = write(tmp_path / "x.safetensors", raw_safetensors({"a": entry([4], 0, 16), "b": entry([4], 0, 16)}, bytes(16)))
+    content = raw_safetensors({"a": entry([4], 0, 16), "b": entry([4], 0, 16)}, bytes(16))
+    path = write(tmp_path / "x.safetensors", content)
     with pytest.raises(ValueError) as error:
         read_tensors(path)
     assert "damaged" in one_sentence(error, path)

@@ -94,9 +94,10 @@ def test_other_pythons_are_refused(version: tuple[int, int]) -> None:
 
 
 def test_extract_takes_the_wanted_folder_only(tmp_path: Path) -> None:
-    archive = make_archive(tmp_path / "a.tar.gz", (FOLDER + "comfy/a.py", b"A"), ("other/b.py", b"B"), (FOLDER + "main.py", b"M"))
-    environment.extract(archive, FOLDER, tmp_path / "out")
-    assert {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.py")} == {"main.py", str(Path("comfy/a.py"))}
+    out, wanted = tmp_path / "out", {"main.py": b"M", "comfy/a.py": b"A"}
+    inside = [(FOLDER + name, content) for name, content in wanted.items()]
+    environment.extract(make_archive(tmp_path / "a.tar.gz", *inside, ("other/b.py", b"B")), FOLDER, out)
+    assert {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.py")} == wanted
 
 
 @pytest.mark.parametrize("name, content", [(FOLDER + "../../evil", b"x"), (FOLDER + "link", None)])
@@ -125,7 +126,8 @@ def test_a_download_with_another_hash_is_refused_and_leaves_nothing(tmp_path: Pa
 def test_install_happens_once_and_again_after_a_change_or_a_failure(tmp_path: Path) -> None:
     calls, requirements = tmp_path / "calls", tmp_path / "requirements.txt"
     (tmp_path / "logs").mkdir()
-    python = fake_python(tmp_path / "venv" / "python", f'echo "$@" >> "{calls}"; test ! -e "{tmp_path}/broken" || exit 3')
+    body = f'echo "$@" >> "{calls}"; test ! -e "{tmp_path}/broken" || exit 3'
+    python = fake_python(tmp_path / "venv" / "python", body)
     env = Environment(tmp_path, python, tmp_path, owned=True)
 
     def installs() -> int:
@@ -152,7 +154,8 @@ def test_a_second_prepare_runs_nothing(tmp_path: Path, monkeypatch: pytest.Monke
             python = environment.python_of(tmp_path / "venv")
             python.parent.mkdir(parents=True)
         if "download" in command:
-            make_archive(Path(command[command.index("--dest") + 1]) / "a.tar.gz", (FOLDER + "main.py", b""), (FOLDER + "requirements.txt", b""))
+            folder = Path(command[command.index("--dest") + 1])
+            make_archive(folder / "a.tar.gz", (FOLDER + "main.py", b""), (FOLDER + "requirements.txt", b""))
 
     monkeypatch.setattr(environment, "run", run)
     options = argparse.Namespace(home=str(tmp_path), comfyui=None, torch="torch==1")
@@ -166,9 +169,16 @@ def test_a_second_prepare_runs_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_skipping_torch_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SetupError, match="uses the torch of .*, which has none"):
-        environment.make_venv(tmp_path, share_packages=True)
+    """The venv is made again the next time, as if it had never been."""
+    def run(command: list, log: Path, what: str) -> None:
+        (tmp_path / "venv").mkdir(exist_ok=True)
+        if "import torch" in command:
+            raise SetupError(f"{what} failed.")
+
+    monkeypatch.setattr(environment, "run", run)
+    for _ in range(2):
+        with pytest.raises(SetupError, match="--torch skip, which needs a torch among the packages of .*, failed"):
+            environment.make_venv(tmp_path, share_packages=True)
 
 
 def test_a_command_that_does_not_exist_is_one_sentence(tmp_path: Path) -> None:

@@ -19,10 +19,15 @@ OBJECT_INFO = {
     "Sample": {
         "input": {
             "required": {"picture": ["IMAGE"], "seed": ["INT", {"default": 0}], "steps": ["INT", {}]},
-            "optional": {"mode": ["COMBO", {"options": ["x", "y"]}], "text": ["STRING", {"forceInput": True}], "on": ["BOOLEAN", {}]},
+            "optional": {
+                "mode": ["COMBO", {"options": ["x", "y"]}], "text": ["STRING", {"forceInput": True}],
+                "on": ["BOOLEAN", {}],
+            },
             "hidden": {"prompt": "PROMPT"},
         },
-        "input_order": {"required": ["picture", "seed", "steps"], "optional": ["mode", "text", "on"], "hidden": ["prompt"]},
+        "input_order": {
+            "required": ["picture", "seed", "steps"], "optional": ["mode", "text", "on"], "hidden": ["prompt"],
+        },
     },
 }
 WORKFLOW = {
@@ -48,7 +53,8 @@ def workflow(**changes: Any) -> dict[str, Any]:
 def test_widgets_links_controls_and_notes() -> None:
     assert to_prompt(WORKFLOW, OBJECT_INFO) == {
         "3": {"class_type": "Load", "inputs": {"image": "b.png"}},
-        "7": {"class_type": "Sample", "inputs": {"picture": ["3", 0], "seed": 5, "steps": ["3", 1], "mode": "y", "on": True}},
+        "7": {"class_type": "Sample",
+              "inputs": {"picture": ["3", 0], "seed": 5, "steps": ["3", 1], "mode": "y", "on": True}},
     }
 
 

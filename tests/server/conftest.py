@@ -12,8 +12,9 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "scripts"))
 import environment  # noqa: E402
-from flexip_core import mini  # noqa: E402
 from server import ComfyServer  # noqa: E402
+
+from flexip_core import mini  # noqa: E402
 
 PACK = "flexip"  # its folder's name in custom_nodes
 REFERENCE = "astronaut.png"  # in ComfyUI's input folder
@@ -25,7 +26,7 @@ BROWSER_ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-q
 def comfyui_tree() -> Path:
     tree = os.environ.get("COMFYUI_TREE", "")
     if not Path(tree, "main.py").is_file():
-        raise pytest.UsageError("COMFYUI_TREE must name ComfyUI's folder. Run these tests with python3 scripts/test.py.")
+        pytest.exit("COMFYUI_TREE must name ComfyUI's folder. Run these tests with python3 scripts/test.py.", 4)
     return Path(tree)
 
 

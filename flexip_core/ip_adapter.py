@@ -1,0 +1,280 @@
+"""Public IP-Adapter files as FlexIP adapters: recognised by keys and shapes, one or two of them behind one gate.
+
+Layouts are those of tencent-ailab/IP-Adapter (ip_adapter/ip_adapter.py and resampler.py), as h94/IP-Adapter publishes them:
+`image_proj.*` makes the tokens, `ip_adapter.<1, 3, 5, ...>.to_k_ip.weight` and `to_v_ip.weight` project them per
+cross-attention, counted through the input blocks, the output blocks, then the middle block.
+"""
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .adapters import ADAPTERS, BlockKV, KVProjection
+from .config import ClipConfig, FeatureNeed, ResamplerConfig
+from .resampler import Resampler
+from .weights import read_header, read_tensors
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Files of one layout. `sign` is the key that gives the layout away."""
+
+    name: str
+    files: str  # the public files of this layout, for people
+    sign: str
+    kind: str  # the CLIP feature it reads: "embedding" or "penultimate"
+    null: str  # what its unconditional branch reads: "zeros" or "zero pixels" (diffusers' prepare_ip_adapter_image_embeds)
+
+
+# Source of the layouts: diffusers, loaders/unet.py, _convert_ip_adapter_image_proj_to_diffusers; the files: h94/IP-Adapter,
+# ostris/ip-composition-adapter.
+FAMILIES = (
+    Family("plain", "ip-adapter_sd15, _sd15_light, _sd15_vit-G, ip-adapter_sdxl, _sdxl_vit-h", "proj.weight", "embedding", "zeros"),
+    Family("plus", "ip-adapter-plus, -plus-face (SD1.5 and SDXL), ip_plus_composition", "latents", "penultimate", "zero pixels"),
+    Family("full face", "ip-adapter-full-face_sd15", "proj.3.weight", "penultimate", "zero pixels"),
+)
+# CLIP image towers by (token width, embedding width), and the one that a file means when it shows only one of the two.
+_TOWERS = {(1280, 1024): "ViT-H-14", (1664, 1280): "ViT-bigG-14", (1024, 768): "ViT-L-14-quickgelu"}
+
+
+def _blocks(*runs: tuple[str, tuple[int, ...], int, int]) -> dict[str, int]:
+    return {f"{kind}.{number}.{index}": width for kind, numbers, layers, width in runs for number in numbers for index in range(layers)}
+
+
+# Cross-attentions in the order of IP-Adapter's numbers, with their widths.
+BASES = {
+    "SD1.5": (768, _blocks(
+        ("input", (1, 2), 1, 320), ("input", (4, 5), 1, 640), ("input", (7, 8), 1, 1280),
+        ("output", (3, 4, 5), 1, 1280), ("output", (6, 7, 8), 1, 640), ("output", (9, 10, 11), 1, 320), ("middle", (0,), 1, 1280))),
+    "SDXL": (2048, _blocks(
+        ("input", (4, 5), 2, 640), ("input", (7, 8), 10, 1280),
+        ("output", (0, 1, 2), 10, 1280), ("output", (3, 4, 5), 2, 640), ("middle", (0,), 10, 1280))),
+}
+
+
+@dataclass(frozen=True)
+class IPAdapterFile:
+    """A recognised file. `blocks` maps ComfyUI's block addresses to widths, in the order of the file's numbers."""
+
+    family: Family
+    base: str
+    text_width: int
+    blocks: dict[str, int]
+    clip: ClipConfig
+    width: int  # of the CLIP feature it reads
+
+    def describe(self) -> str:
+        return f"IP-Adapter {self.family.name} for {self.base}, {self.clip.model}"
+
+
+def recognise(shapes: Shapes) -> IPAdapterFile | None:
+    """None if it is no IP-Adapter; ValueError (a sentence without the file's name) for a kind that cannot run here."""
+    if foreign := _foreign(shapes):
+        raise ValueError(foreign)
+    family = next((family for family in FAMILIES if f"image_proj.{family.sign}" in shapes), None)
+    pairs = _projections(shapes)
+    if family is None or not pairs:
+        return None
+    widths = [shapes[k][0] for k, _ in pairs]
+    text_width = shapes[pairs[0][0]][1]
+    for base, (base_text, blocks) in BASES.items():
+        if widths == list(blocks.values()) and text_width == base_text:
+            width = _feature_width(family, shapes)
+            return IPAdapterFile(family, base, text_width, blocks, _tower(family, width), width)
+    raise ValueError(f"is an IP-Adapter ({family.name}) with {len(pairs)} cross-attentions and text {text_width} wide; FlexIP runs those for "
+                     "SD1.5 (16, 768) and SDXL (70, 2048)")
+
+
+def _foreign(shapes: Shapes) -> str | None:
+    """What a file is that looks like an IP-Adapter but needs another pack."""
+    if any("_lora." in key for key in shapes if key.startswith("ip_adapter.")) or "image_proj.perceiver_resampler.proj_in.weight" in shapes \
+            or shapes.get("image_proj.proj.0.weight", (0, 0))[1] == 512:
+        return "is a FaceID adapter: it reads a face recognition embedding, which only packs with insightface make (ComfyUI_IPAdapter_plus runs it)"
+    if shapes.get("image_proj.latents", (0, 0, 0))[2] == 2048:
+        return "is an IP-Adapter for Kolors; ComfyUI_IPAdapter_plus runs it"
+    if any("double_blocks." in key or key.startswith("ip_adapter_proj_model.") for key in shapes) \
+            or any(key.endswith("to_k_ip.weight") and shape[0] == 3072 for key, shape in shapes.items()):
+        return "is an IP-Adapter for Flux; x-flux-comfyui (XLabs) or ComfyUI-IPAdapter-Flux (InstantX) runs it"
+    return None
+
+
+def _projections(shapes: Shapes) -> list[tuple[str, str]]:
+    """Keys of to_k and to_v in the order of their numbers."""
+    numbers = sorted(int(match[1]) for key in shapes if (match := re.fullmatch(r"ip_adapter\.(\d+)\.to_k_ip\.weight", key)))
+    return [(f"ip_adapter.{n}.to_k_ip.weight", f"ip_adapter.{n}.to_v_ip.weight") for n in numbers]
+
+
+def _feature_width(family: Family, shapes: Shapes) -> int:
+    return shapes[{"plain": "image_proj.proj.weight", "plus": "image_proj.proj_in.weight", "full face": "image_proj.proj.0.weight"}[family.name]][1]
+
+
+def _tower(family: Family, width: int) -> ClipConfig:
+    for (tokens, embedding), model in _TOWERS.items():
+        if width == (embedding if family.kind == "embedding" else tokens):
+            return ClipConfig(model, embedding)
+    known = ", ".join(f"{model} ({tokens}, embedding {embedding})" for (tokens, embedding), model in _TOWERS.items())
+    raise ValueError(f"is an IP-Adapter ({family.name}) for a CLIP {family.kind} {width} wide, and FlexIP knows no such CLIP; known are {known}")
+
+
+class PlainProjection(nn.Module):
+    """One linear layer makes all tokens of the embedding (ImageProjModel)."""
+
+    def __init__(self, width: int, out_width: int, tokens: int, operations: Any = nn):
+        super().__init__()
+        self.tokens = tokens
+        self.proj = operations.Linear(width, tokens * out_width)
+        self.norm = operations.LayerNorm(out_width)
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        """(r, width) -> (r, tokens, out_width)"""
+        return self.norm(self.proj(embedding).unflatten(1, (self.tokens, -1)))
+
+
+class PlusProjection(nn.Module):
+    """Learned queries resample the penultimate tokens: our own Resampler under other names."""
+
+    def __init__(self, cfg: ResamplerConfig, width: int, out_width: int, tokens: int, operations: Any = nn):
+        super().__init__()
+        self.latents = nn.Parameter(torch.empty(1, tokens, cfg.width))
+        self.resampler = Resampler(cfg, width, out_width, operations)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(r, n, width) -> (r, tokens, out_width)"""
+        return self.resampler(self.latents.to(hidden).expand(hidden.shape[0], -1, -1), hidden)
+
+
+class FullProjection(nn.Module):
+    """A small MLP on every penultimate token (MLPProjModel)."""
+
+    def __init__(self, width: int, out_width: int, operations: Any = nn):
+        super().__init__()
+        self.proj_in = operations.Linear(width, width)
+        self.proj_out = operations.Linear(width, out_width)
+        self.norm = operations.LayerNorm(out_width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(r, n, width) -> (r, n, out_width)"""
+        return self.norm(self.proj_out(nn.functional.gelu(self.proj_in(hidden))))
+
+
+_PLUS_NAMES = (
+    (r"^latents$", "latents"),
+    (r"^proj_in\.", "resampler.context_in."), (r"^proj_out\.", "resampler.out."), (r"^norm_out\.", "resampler.norm_out."),
+    (r"^layers\.(\d+)\.0\.norm1\.", r"resampler.layers.\1.norm_context."), (r"^layers\.(\d+)\.0\.norm2\.", r"resampler.layers.\1.norm_latents."),
+    (r"^layers\.(\d+)\.0\.(to_q|to_kv|to_out)\.", r"resampler.layers.\1.\2."),
+    (r"^layers\.(\d+)\.1\.0\.", r"resampler.layers.\1.norm_ff."), (r"^layers\.(\d+)\.1\.1\.", r"resampler.layers.\1.ff_in."),
+    (r"^layers\.(\d+)\.1\.3\.", r"resampler.layers.\1.ff_out."),
+)
+_FULL_NAMES = ((r"^proj\.0\.", "proj_in."), (r"^proj\.2\.", "proj_out."), (r"^proj\.3\.", "norm."))
+DIM_HEAD = 64  # of the plus family's resampler, in all public files; not visible in the shapes
+
+
+class SingleAdapter(nn.Module):
+    """One IP-Adapter file: image projection, and to_k, to_v per block."""
+
+    def __init__(self, file: IPAdapterFile, tensors: Mapping[str, torch.Tensor], operations: Any = nn):
+        super().__init__()
+        self.file = file
+        proj = {key.removeprefix("image_proj."): value for key, value in tensors.items() if key.startswith("image_proj.")}
+        with torch.device("meta"):
+            self.image_proj = _image_projection(file, proj, operations)
+            self.kv = nn.ModuleList(KVProjection(file.text_width, width, operations) for width in file.blocks.values())
+        self.image_proj.load_state_dict(_renamed(file.family, proj), strict=True, assign=True)
+        for kv, (to_k, to_v) in zip(self.kv, _projections({key: tuple(value.shape) for key, value in tensors.items()})):
+            kv.load_state_dict({"to_k.weight": tensors[to_k], "to_v.weight": tensors[to_v]}, strict=True, assign=True)
+
+
+def _image_projection(file: IPAdapterFile, proj: Mapping[str, torch.Tensor], operations: Any) -> nn.Module:
+    out = file.text_width
+    if file.family.name == "plain":
+        return PlainProjection(file.width, out, proj["proj.weight"].shape[0] // out, operations)
+    if file.family.name == "full face":
+        return FullProjection(file.width, out, operations)
+    depth = len({key.split(".")[1] for key in proj if key.startswith("layers.")})
+    width = proj["latents"].shape[2]
+    cfg = ResamplerConfig(width, depth, proj["layers.0.0.to_q.weight"].shape[0] // DIM_HEAD, DIM_HEAD, proj["layers.0.1.1.weight"].shape[0] // width)
+    return PlusProjection(cfg, file.width, out, proj["latents"].shape[1], operations)
+
+
+def _renamed(family: Family, proj: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    rules = {"plain": (), "plus": _PLUS_NAMES, "full face": _FULL_NAMES}[family.name]
+    out = {}
+    for key, value in proj.items():
+        for pattern, replacement in rules:
+            key, count = re.subn(pattern, replacement, key)
+            if count:
+                break
+        if key.endswith(".to_kv.weight"):
+            out[key.replace("to_kv", "to_k")], out[key.replace("to_kv", "to_v")] = value.chunk(2)
+        else:
+            out[key] = value
+    return out
+
+
+def load_pair(preservation: str | os.PathLike, personalization: str | os.PathLike | None, operations: Any = nn) -> IPAdapterPair:
+    """One or two IP-Adapter files (safetensors, or pickles read with weights_only); ValueError in one sentence for anything else."""
+    parts = [path and _load_single(path, operations) for path in (preservation, personalization)]
+    pair = IPAdapterPair(*parts)
+    return pair.eval().requires_grad_(False)
+
+
+def _load_single(path: str | os.PathLike, operations: Any) -> SingleAdapter:
+    header = read_header(path)
+    name = Path(path).name
+    try:
+        file = recognise(header.shapes)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}.") from None
+    if file is None:
+        raise ValueError(f"{name} is neither a FlexIP checkpoint nor an IP-Adapter ({len(header.shapes)} tensors, {', '.join(list(header.shapes)[:3])} ...). "
+                         "Choose a file that is one of them.")
+    try:
+        return SingleAdapter(file, read_tensors(path), operations)
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
+        raise ValueError(f"{name} looks like an {file.describe()}, but its tensors do not fit together ({reason}). Download it again.") from None
+
+
+class IPAdapterPair(nn.Module):
+    """One or two IP-Adapters with FlexIP's network interface: preservation weighted by the gate, personalization by 1 - gate."""
+
+    gate_mode = "outputs"
+
+    def __init__(self, preservation: SingleAdapter | None, personalization: SingleAdapter | None):
+        super().__init__()
+        self.parts = nn.ModuleDict({name: part for name, part in zip(ADAPTERS, (preservation, personalization)) if part is not None})
+        file = next(iter(self.parts.values())).file
+        self.base, self.text_width, self.block_widths = file.base, file.text_width, file.blocks
+        if any(part.file.base != file.base for part in self.parts.values()):
+            names = " and ".join(f"{name} for {part.file.base}" for name, part in self.parts.items())
+            raise ValueError(f"the two IP-Adapters are for different bases ({names}); choose two for the same base")
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self.parts)
+
+    @staticmethod
+    def reads_text(adapter: str) -> bool:
+        return False
+
+    def needs(self) -> tuple[FeatureNeed, ...]:
+        return tuple(FeatureNeed(name, part.file.clip, part.file.family.kind, part.file.width, part.file.family.null) for name, part in self.parts.items())
+
+    def tokens(self, adapter: str, features: Mapping[str, torch.Tensor], text: torch.Tensor | None = None) -> torch.Tensor:
+        """(1, r * tokens, w): the references side by side."""
+        return self.parts[adapter].image_proj(features[adapter]).flatten(0, 1).unsqueeze(0)
+
+    def project(self, adapter: str, tokens: torch.Tensor) -> BlockKV:
+        return {address: (kv.to_k(tokens), kv.to_v(tokens)) for address, kv in zip(self.block_widths, self.parts[adapter].kv)}
+
+    def projection(self, address: str, adapter: str) -> KVProjection:
+        return self.parts[adapter].kv[list(self.block_widths).index(address)]
