@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,12 @@ def save_checkpoint(network: FlexIPNetwork, path: str | os.PathLike, dtype: torc
     path = Path(path)
     tensors = {key: value.detach().to(dtype=dtype).contiguous().cpu() for key, value in network.state_dict().items()}
     metadata = {FORMAT_KEY: FORMAT, CONFIG_KEY: json.dumps(network.cfg.to_dict(), sort_keys=True)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, temporary, metadata=metadata)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_config(path: str | os.PathLike) -> FlexIPConfig:

@@ -29,7 +29,7 @@ class Family:
     """Files of one layout. `sign` is the key that gives the layout away."""
 
     name: str
-    files: str  # the public files of this layout, for people
+    files: tuple[str, ...]  # the public files of this layout, for people: README's table
     sign: str
     kind: str  # the CLIP feature it reads: "embedding" or "penultimate"
     null: str  # what its unconditional branch reads: "zeros" or "zero pixels" (diffusers' prepare_ip_adapter_image_embeds)
@@ -38,9 +38,11 @@ class Family:
 # Source of the layouts: diffusers, loaders/unet.py, _convert_ip_adapter_image_proj_to_diffusers; the files: h94/IP-Adapter,
 # ostris/ip-composition-adapter.
 FAMILIES = (
-    Family("plain", "ip-adapter_sd15, _sd15_light, _sd15_vit-G, ip-adapter_sdxl, _sdxl_vit-h", "proj.weight", "embedding", "zeros"),
-    Family("plus", "ip-adapter-plus, -plus-face (SD1.5 and SDXL), ip_plus_composition", "latents", "penultimate", "zero pixels"),
-    Family("full face", "ip-adapter-full-face_sd15", "proj.3.weight", "penultimate", "zero pixels"),
+    Family("plain", ("ip-adapter_sd15", "ip-adapter_sd15_light", "ip-adapter_sd15_light_v11", "ip-adapter_sd15_vit-G", "ip-adapter_sdxl", "ip-adapter_sdxl_vit-h"),
+           "proj.weight", "embedding", "zeros"),
+    Family("plus", ("ip-adapter-plus_sd15", "ip-adapter-plus-face_sd15", "ip_plus_composition_sd15", "ip-adapter-plus_sdxl_vit-h",
+                    "ip-adapter-plus-face_sdxl_vit-h", "ip_plus_composition_sdxl"), "latents", "penultimate", "zero pixels"),
+    Family("full face", ("ip-adapter-full-face_sd15",), "proj.3.weight", "penultimate", "zero pixels"),
 )
 # CLIP image towers by (token width, embedding width), and the one that a file means when it shows only one of the two.
 _TOWERS = {(1280, 1024): "ViT-H-14", (1664, 1280): "ViT-bigG-14", (1024, 768): "ViT-L-14-quickgelu"}
@@ -73,17 +75,28 @@ class IPAdapterFile:
     width: int  # of the CLIP feature it reads
 
     def describe(self) -> str:
-        return f"IP-Adapter {self.family.name} for {self.base}, {self.clip.model}"
+        return f"IP-Adapter {self.family.name} for {self.base}"
 
 
 def recognise(shapes: Shapes) -> IPAdapterFile | None:
     """None if it is no IP-Adapter; ValueError (a sentence without the file's name) for a kind that cannot run here."""
+    try:
+        return _recognise(shapes)
+    except KeyError as error:
+        raise ValueError(f"looks like an IP-Adapter, but has no tensor {error.args[0]}; download it again") from None
+    except IndexError:
+        raise ValueError("looks like an IP-Adapter, but its tensors have too few dimensions; download it again") from None
+
+
+def _recognise(shapes: Shapes) -> IPAdapterFile | None:
     if foreign := _foreign(shapes):
         raise ValueError(foreign)
     family = next((family for family in FAMILIES if f"image_proj.{family.sign}" in shapes), None)
     pairs = _projections(shapes)
-    if family is None or not pairs:
+    if not pairs:
         return None
+    if family is None:
+        raise ValueError("is an IP-Adapter whose image projection FlexIP does not know; FlexIP runs plain, plus and full face ones")
     widths = [shapes[k][0] for k, _ in pairs]
     text_width = shapes[pairs[0][0]][1]
     for base, (base_text, blocks) in BASES.items():
@@ -95,10 +108,12 @@ def recognise(shapes: Shapes) -> IPAdapterFile | None:
 
 
 def _foreign(shapes: Shapes) -> str | None:
-    """What a file is that looks like an IP-Adapter but needs another pack."""
+    """What a file is that looks like an IP-Adapter but needs another pack. The face embedding of insightface is 512 wide."""
+    if shapes.get("image_proj.proj_in.weight", (0, 0))[1] == 512:
+        return "is an InstantID adapter: it reads a face recognition embedding; ComfyUI_InstantID runs it"
     if any("_lora." in key for key in shapes if key.startswith("ip_adapter.")) or "image_proj.perceiver_resampler.proj_in.weight" in shapes \
             or shapes.get("image_proj.proj.0.weight", (0, 0))[1] == 512:
-        return "is a FaceID adapter: it reads a face recognition embedding, which only packs with insightface make (ComfyUI_IPAdapter_plus runs it)"
+        return "is a FaceID adapter: it reads a face recognition embedding, which only packs with insightface make; ComfyUI_IPAdapter_plus runs it"
     if shapes.get("image_proj.latents", (0, 0, 0))[2] == 2048:
         return "is an IP-Adapter for Kolors; ComfyUI_IPAdapter_plus runs it"
     if any("double_blocks." in key or key.startswith("ip_adapter_proj_model.") for key in shapes) \
@@ -181,9 +196,9 @@ DIM_HEAD = 64  # of the plus family's resampler, in all public files; not visibl
 class SingleAdapter(nn.Module):
     """One IP-Adapter file: image projection, and to_k, to_v per block."""
 
-    def __init__(self, file: IPAdapterFile, tensors: Mapping[str, torch.Tensor], operations: Any = nn):
+    def __init__(self, file: IPAdapterFile, tensors: Mapping[str, torch.Tensor], operations: Any = nn, name: str = "a file"):
         super().__init__()
-        self.file = file
+        self.file, self.name = file, name
         proj = {key.removeprefix("image_proj."): value for key, value in tensors.items() if key.startswith("image_proj.")}
         with torch.device("meta"):
             self.image_proj = _image_projection(file, proj, operations)
@@ -238,8 +253,10 @@ def _load_single(path: str | os.PathLike, operations: Any) -> SingleAdapter:
         raise ValueError(f"{name} is neither a FlexIP checkpoint nor an IP-Adapter ({len(header.shapes)} tensors, {', '.join(list(header.shapes)[:3])} ...). "
                          "Choose a file that is one of them.")
     try:
-        return SingleAdapter(file, read_tensors(path), operations)
-    except (RuntimeError, KeyError) as error:
+        return SingleAdapter(file, read_tensors(path), operations, name)
+    except KeyError as error:
+        raise ValueError(f"{name} looks like an {file.describe()}, but has no tensor {error.args[0]}. Download it again.") from None
+    except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
         raise ValueError(f"{name} looks like an {file.describe()}, but its tensors do not fit together ({reason}). Download it again.") from None
 
@@ -255,8 +272,12 @@ class IPAdapterPair(nn.Module):
         file = next(iter(self.parts.values())).file
         self.base, self.text_width, self.block_widths = file.base, file.text_width, file.blocks
         if any(part.file.base != file.base for part in self.parts.values()):
-            names = " and ".join(f"{name} for {part.file.base}" for name, part in self.parts.items())
-            raise ValueError(f"the two IP-Adapters are for different bases ({names}); choose two for the same base")
+            names = " but ".join(f"{part.name} is an {part.file.describe()}" for part in self.parts.values())
+            raise ValueError(f"{names}. Choose two files for the same base.")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(part.file.describe() for part in self.parts.values())
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -98,14 +98,15 @@ class LinkRun:
     def _key(self, adapter: str, entry: Entry, dtype: torch.dtype) -> tuple:
         return adapter, entry.null, dtype, text_key(entry.text) if self.link.network.reads_text(adapter) else None
 
-    def branches(self, tags: tuple[int, ...], rows: torch.Tensor, count: int, device: torch.device, dtype: torch.dtype, cacheable: bool):
+    def branches(self, tags: tuple[int, ...], rows: torch.Tensor | None, count: int, device: torch.device, dtype: torch.dtype, cacheable: bool):
         """{(position, address): branches} for a batch of len(tags) chunks of `count` rows.
 
-        `rows` (len(tags) * count) holds each row's index in the latent batch.
+        `rows` (len(tags) * count, 1, 1) holds each row's index in the latent batch, None that the call sees the whole batch.
         """
         key = (tags, count, device, dtype)
         if cacheable and key in self._assembled:
             return self._assembled[key]
+        rows = _row_numbers(rows, len(tags), count, device)
         gate: Any = self.link.gates[0]
         if len(self.link.gates) > 1:
             gate = torch.tensor(self.link.gates, device=device)[rows].view(-1, 1, 1)
@@ -184,7 +185,6 @@ class Run:
         tensors: dict[tuple[int, str], tuple[Branch, ...]] = {}
         names = []
         count = x.shape[0] // len(tags)
-        rows = _row_numbers(rows, len(tags), count, x.device)
         cacheable = not (self.per_row and (windowed or count != self.batch))
         for run in self.links:
             run.counters.calls += 1

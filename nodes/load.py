@@ -60,12 +60,12 @@ class LoadFlexIPAdapters(io.ComfyNode):
 
     @classmethod
     def execute(cls, preservation: str, personalization: str, clip_vision: str, dino: str) -> io.NodeOutput:
-        second = None if personalization in (files.AUTO, preservation) else personalization
+        second = None if personalization == files.AUTO else personalization
         network = load_network(preservation, second)
         patcher = comfy.model_patcher.CoreModelPatcher(network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
         choices = {"clip_vision": clip_vision, "dino": dino}
         return io.NodeOutput(LoadedAdapters(
-            title=preservation if second is None else f"{preservation} + {second}",
+            title=title_of(network, preservation, second),
             network=network,
             patcher=patcher,
             paths=encoders.resolve(network.needs(), choices, NODE),
@@ -75,9 +75,18 @@ class LoadFlexIPAdapters(io.ComfyNode):
 def load_network(preservation: str, personalization: str | None) -> Any:
     """The network of one FlexIP file, or of one or two IP-Adapter files."""
     path = files.adapter_path(preservation, NODE)
+    second = personalization and files.adapter_path(personalization, NODE)
     with encoders.named(NODE):
-        if not is_flexip(read_header(path)):
-            return load_pair(path, personalization and files.adapter_path(personalization, NODE), comfy.ops.manual_cast)
-        if personalization is not None:
-            raise ValueError(f"{preservation} is a FlexIP file and holds both adapters; set personalization to {files.AUTO}.")
-        return load_checkpoint(path, operations=comfy.ops.manual_cast)
+        if is_flexip(read_header(path)):
+            if personalization not in (None, preservation):
+                raise ValueError(f"{preservation} is a FlexIP file and holds both adapters; set personalization to {files.AUTO}.")
+            return load_checkpoint(path, operations=comfy.ops.manual_cast)
+        if second and is_flexip(read_header(second)):
+            raise ValueError(f"{personalization} is a FlexIP file and holds both adapters; choose it as preservation, with personalization set to {files.AUTO}.")
+        return load_pair(path, second, comfy.ops.manual_cast)
+
+
+def title_of(network: Any, preservation: str, personalization: str | None) -> str:
+    """File names for reports and messages; an IP-Adapter with its family and base, which its name need not tell."""
+    kinds = getattr(network, "kinds", None)
+    return preservation if kinds is None else " + ".join(f"{name} ({kind})" for name, kind in zip((preservation, personalization), kinds))

@@ -15,7 +15,7 @@ from . import runtime
 def text(run: Run, links: tuple[Link, ...], guider: Any, sigmas: torch.Tensor, seconds: float) -> str:
     """One paragraph per link that took part, warnings last."""
     live = {link_run.position: link_run for link_run in run.links}
-    steps = [float(sigma) for sigma in sigmas[:-1]]
+    steps = sigmas[:-1].tolist()
     paragraphs = [
         _link(live[position], run, guider, steps, seconds) if position in live else f"{link.title}: strength 0, does nothing."
         for position, link in enumerate(links)

@@ -82,7 +82,8 @@ def test_block_addresses_name_the_cross_attentions_in_the_file(tmp_path: Path, l
 
 def test_rows_of_a_weight_differ_though_they_share_memory(tmp_path: Path) -> None:
     mini_checkpoints.make_base(tmp_path / "base.ckpt")
-    embedding = tensors(tmp_path / "base.ckpt")["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
+    name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    embedding = tensors(tmp_path / "base.ckpt")[name]
     assert embedding.shape == (49408, 768) and len(torch.unique(embedding[:2000], dim=0)) == 2000
     assert abs(float(embedding[::97].float().std()) / 0.02 - 1) < 0.15
 

@@ -1,0 +1,65 @@
+"""What one UNet call costs, counted instead of timed: operations, FLOPs, host synchronisations, bytes written."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+SYNCS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select"}
+PROJECTIONS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::matmul"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    operations: int  # aten operations whose result is no view of an input
+    gflop: float
+    syncs: int  # values that the host waits for
+    megabytes: float  # of all results, in-place ones too
+    matmuls: int  # linear layers among the operations: a projection would show here
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if name in SYNCS or not _is_view(function):
+            self.counts[name] += 1
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    self.bytes += tensor.numel() * tensor.element_size()
+        return result
+
+
+def _is_view(function: Any) -> bool:
+    """An operation whose result aliases an input without writing to it."""
+    aliases = [argument.alias_info for argument in function._schema.arguments if argument.alias_info is not None]
+    returned = [result.alias_info for result in function._schema.returns if result.alias_info is not None]
+    return bool(returned) and not any(alias.is_write for alias in aliases) or function._schema.name in ("aten::_unsafe_view", "aten::detach")
+
+
+def count(call: Callable[[], Any]) -> Cost:
+    operations = _Operations()
+    with FlopCounterMode(display=False) as flops, operations:
+        call()
+    total = operations.counts
+    return Cost(sum(total.values()), flops.get_total_flops() / 1e9, sum(total[name] for name in SYNCS), operations.bytes / 1e6,
+                sum(total[name] for name in PROJECTIONS))
+
+
+def per_call(run: Callable[[int], Any]) -> Cost:
+    """Cost of one more step of `run(steps)`: what happens once per run cancels out, what happens once at all is done before."""
+    run(1)
+    return count(lambda: run(3)) - count(lambda: run(2))

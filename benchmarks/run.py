@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""What FlexIP costs per UNet call beside the bare UNet, and beside a checkout of IPAdapter_plus if you have one.
+
+    python benchmarks/run.py --comfyui TREE [--base sd15|sdxl] [--size 512] [--device cpu|cuda] [--peer DIR] [--json FILE]
+
+Run it with ComfyUI's own Python (scripts/demo.py made one in .flexip/venv). Counted first: operations, synchronisations,
+bytes and FLOPs of one UNet call with classifier-free guidance; then the step time as the median of interleaved ratios.
+"""
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", type=Path, required=True, metavar="TREE")
+    parser.add_argument("--base", choices=("sd15", "sdxl"), default="sd15")
+    parser.add_argument("--size", type=int, help="pixels; default 512 for sd15, 1024 for sdxl")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of ComfyUI_IPAdapter_plus")
+    parser.add_argument("--pairs", type=int, default=7, help="timed pairs of steps per model")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    start_comfyui(options.comfyui, options.device)
+    result = measure(options)
+    print(table(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def start_comfyui(tree: Path, device: str) -> None:
+    """ComfyUI's packages and our pack become importable; its argument parser sees only what it must."""
+    sys.path[:] = [str(tree), str(HERE), *(p for p in sys.path if Path(p or ".").resolve() != HERE.parent)]
+    arguments, sys.argv = sys.argv, [sys.argv[0], "--use-pytorch-cross-attention", *(["--cpu"] if device == "cpu" else [])]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args  # noqa: F401 - reads sys.argv
+
+    sys.argv = arguments
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from counters import per_call
+    from models import Bench
+
+    dtype = torch.float32 if options.device == "cpu" else torch.float16
+    bench = Bench(options.base, dtype, options.size)
+    variants: dict[str, Callable[[], Any]] = {
+        "FlexIP outputs, both adapters, 97 tokens": lambda: bench.gated("outputs"),
+        "FlexIP outputs, window 0 to 0.99": lambda: bench.gated("outputs", end_percent=0.99),
+        "FlexIP tokens, both adapters, 97 tokens": lambda: bench.gated("tokens"),
+    }
+    if options.peer:
+        from peer import Peer
+
+        peer = Peer(options.peer, bench)
+        variants["IPAdapter_plus, one adapter, 16 tokens"] = lambda: peer.applied(1)
+        variants["IPAdapter_plus, two adapters, 16 tokens each"] = lambda: peer.applied(2)
+
+    bare = per_call(lambda steps: bench.sample(bench.model, steps, options.batch))
+    rows = []
+    for name, make in variants.items():
+        model = make()
+        extra = per_call(lambda steps: bench.sample(model, steps, options.batch)) - bare
+        ratios = time_ratios(bench, model, options)
+        rows.append({
+            "name": name, "operations_per_block": extra.operations / len(bench.widths), "operations_percent": 100 * extra.operations / bare.operations,
+            "syncs": extra.syncs, "linear_layers": extra.matmuls, "megabytes": extra.megabytes, "flop_percent": 100 * extra.gflop / bare.gflop,
+            "step_ratio": statistics.median(ratios), "step_ratio_range": [min(ratios), max(ratios)],
+        })
+        del model
+        gc.collect()
+    return {"base": options.base, "size": bench.latent * 8, "batch": options.batch, "dtype": str(dtype), "device": machine(options.device),
+            "torch": torch.__version__, "blocks": len(bench.widths), "bare": {"operations": bare.operations, "syncs": bare.syncs, "megabytes": bare.megabytes,
+                                                                             "gflop": bare.gflop}, "rows": rows}
+
+
+def time_ratios(bench: Any, model: Any, options: argparse.Namespace) -> list[float]:
+    """Step time over the bare UNet's, pair by pair: bare, model, bare, model, ... so that a drifting machine cancels out."""
+    pairs = []
+    for _ in range(options.pairs):
+        bare, ours = step_seconds(bench, bench.model, options), step_seconds(bench, model, options)
+        pairs.append(ours / bare)
+    return pairs
+
+
+def step_seconds(bench: Any, model: Any, options: argparse.Namespace) -> float:
+    """Median time of a step after the first, which loads and compiles."""
+    import torch
+
+    marks: list[float] = []
+
+    def mark(*args: Any) -> None:
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    bench.sample(model, 3 if options.device == "cpu" else 12, options.batch, callback=mark)
+    return statistics.median(after - before for before, after in zip(marks, marks[1:]))
+
+
+def machine(device: str) -> str:
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['base']} {result['size']}x{result['size']}, batch {result['batch']} with CFG, {result['dtype']}, {result['device']}, torch {result['torch']}; "
+        f"bare UNet: {result['bare']['operations']} operations, {result['bare']['gflop']:.0f} GFLOP per call, {result['blocks']} cross-attention blocks",
+        "",
+        "| per UNet call, over the bare UNet | operations per block | operations | synchronisations | linear layers | MB written | FLOP | step time |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        low, high = row["step_ratio_range"]
+        lines.append(
+            f"| {row['name']} | {row['operations_per_block']:.1f} | +{row['operations_percent']:.1f} % | {row['syncs']} | {row['linear_layers']} | "
+            f"{row['megabytes']:.0f} | +{row['flop_percent']:.2f} % | x{row['step_ratio']:.3f} ({low:.3f}-{high:.3f}) |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
