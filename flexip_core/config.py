@@ -88,10 +88,6 @@ class FlexIPConfig:
         if not self.blocks:
             raise ValueError("blocks is empty: a FlexIP checkpoint names at least one cross-attention block.")
 
-    @property
-    def preservation_tokens(self) -> int:
-        return self.detail_tokens + self.semantic_tokens
-
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -253,15 +253,6 @@ def load_tower(cfg: ClipConfig | DinoConfig, source: str | Path | Mapping[str, T
     return tower.eval().requires_grad_(False)
 
 
-def from_core_clip_vision(state_dict: Mapping[str, Tensor], cfg: ClipConfig | DinoConfig,
-                          dtype: torch.dtype = torch.float32) -> ClipTower | DinoTower:
-    """The tower of `cfg` from the weights of a ComfyUI CLIP_VISION (`ClipVisionModel.get_sd()`).
-
-    So a DINOv2 can run at another size than ComfyUI's own. The shared object is not changed; weights may be shared.
-    """
-    return load_tower(cfg, state_dict, dtype)
-
-
 def _build_tower(cfg: ClipConfig | DinoConfig, device: str) -> ClipTower | DinoTower:
     return build_clip_tower(cfg, device) if isinstance(cfg, ClipConfig) else build_dino_tower(cfg, device)
 

@@ -45,7 +45,7 @@ FAMILIES = (
     Family("full face", ("ip-adapter-full-face_sd15",), "proj.3.weight", "penultimate", "zero pixels"),
 )
 # CLIP image towers by (token width, embedding width), and the one that a file means when it shows only one of the two.
-_TOWERS = {(1280, 1024): "ViT-H-14", (1664, 1280): "ViT-bigG-14", (1024, 768): "ViT-L-14-quickgelu"}
+TOWERS = {(1280, 1024): "ViT-H-14", (1664, 1280): "ViT-bigG-14", (1024, 768): "ViT-L-14-quickgelu"}
 
 
 def _blocks(*runs: tuple[str, tuple[int, ...], int, int]) -> dict[str, int]:
@@ -78,8 +78,12 @@ class IPAdapterFile:
         return f"IP-Adapter {self.family.name} for {self.base}"
 
 
+class Unsupported(ValueError):
+    """A file that is whole, but for something that FlexIP does not run."""
+
+
 def recognise(shapes: Shapes) -> IPAdapterFile | None:
-    """None if it is no IP-Adapter; ValueError (a sentence without the file's name) for a kind that cannot run here."""
+    """None if it is no IP-Adapter; else a sentence without the file's name: Unsupported, or ValueError for a broken file."""
     try:
         return _recognise(shapes)
     except KeyError as error:
@@ -90,21 +94,21 @@ def recognise(shapes: Shapes) -> IPAdapterFile | None:
 
 def _recognise(shapes: Shapes) -> IPAdapterFile | None:
     if foreign := _foreign(shapes):
-        raise ValueError(foreign)
+        raise Unsupported(foreign)
     family = next((family for family in FAMILIES if f"image_proj.{family.sign}" in shapes), None)
     pairs = _projections(shapes)
     if not pairs:
         return None
     if family is None:
-        raise ValueError("is an IP-Adapter whose image projection FlexIP does not know; FlexIP runs plain, plus and full face ones")
+        raise Unsupported("is an IP-Adapter whose image projection FlexIP does not know; FlexIP runs plain, plus and full face ones")
     widths = [shapes[k][0] for k, _ in pairs]
     text_width = shapes[pairs[0][0]][1]
     for base, (base_text, blocks) in BASES.items():
         if widths == list(blocks.values()) and text_width == base_text:
             width = _feature_width(family, shapes)
             return IPAdapterFile(family, base, text_width, blocks, _tower(family, width), width)
-    raise ValueError(f"is an IP-Adapter ({family.name}) with {len(pairs)} cross-attentions and text {text_width} wide; FlexIP runs those for "
-                     "SD1.5 (16, 768) and SDXL (70, 2048)")
+    raise Unsupported(f"is an IP-Adapter ({family.name}) with {len(pairs)} cross-attentions and text {text_width} wide; FlexIP runs those for "
+                      "SD1.5 (16, 768) and SDXL (70, 2048)")
 
 
 def _foreign(shapes: Shapes) -> str | None:
@@ -133,11 +137,11 @@ def _feature_width(family: Family, shapes: Shapes) -> int:
 
 
 def _tower(family: Family, width: int) -> ClipConfig:
-    for (tokens, embedding), model in _TOWERS.items():
+    for (tokens, embedding), model in TOWERS.items():
         if width == (embedding if family.kind == "embedding" else tokens):
             return ClipConfig(model, embedding)
-    known = ", ".join(f"{model} ({tokens}, embedding {embedding})" for (tokens, embedding), model in _TOWERS.items())
-    raise ValueError(f"is an IP-Adapter ({family.name}) for a CLIP {family.kind} {width} wide, and FlexIP knows no such CLIP; known are {known}")
+    known = ", ".join(f"{model} ({tokens}, embedding {embedding})" for (tokens, embedding), model in TOWERS.items())
+    raise Unsupported(f"is an IP-Adapter ({family.name}) for a CLIP {family.kind} {width} wide, and FlexIP knows no such CLIP; known are {known}")
 
 
 class PlainProjection(nn.Module):

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from .adapters import BlockKV
+from .config import FeatureNeed
 
 
 class ProjectionCache:
@@ -51,6 +52,7 @@ class Reference:
     features: dict[str, torch.Tensor]
     null: dict[str, torch.Tensor]
     encoders: str  # in words, for the report
+    needs: tuple[FeatureNeed, ...] = ()  # what it was encoded for
     cache: ProjectionCache = field(default_factory=ProjectionCache, repr=False)
 
     @property

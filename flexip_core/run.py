@@ -1,11 +1,12 @@
 """One sampling run: K and V per conditioning before the first step, assembled per UNet call while sampling.
 
-Independent of ComfyUI: nodes/apply.py feeds it from ComfyUI's wrappers. A run is told which conditioning a chunk of the batch
-belongs to by a tag (an index into `entries`), never by its place in the batch.
+Independent of ComfyUI: nodes/runtime.py feeds it from ComfyUI's wrappers. Every row of a UNet call says which conditioning it
+belongs to and which latent it is; nothing is concluded from its place in the batch.
 """
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,11 @@ from .adapters import BlockKV
 from .attention import Branch
 from .gate import gated_branches, stack_rows
 from .reference import Reference
+
+
+Rows = tuple[tuple[int, int], ...]
+"""Per row of a UNet call: the index of its conditioning in `Run.entries`, and its row in the latent batch."""
+LAYOUTS = 4  # assembled layouts kept per link: positive and negative, together or apart, in a window or two
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +69,6 @@ class LinkRun:
         self.always = link.start_percent <= 0.0 and link.end_percent >= 1.0
         self.kv: list[dict[str, BlockKV]] = []  # per entry: adapter -> block -> K, V on the CPU
         self.counters = Counters()
-        self._on_device: dict[tuple, BlockKV] = {}
         self._assembled: dict[tuple, dict[tuple[int, str], tuple[Branch, ...]]] = {}
 
     def active_at(self, sigma: float | None) -> bool:
@@ -98,49 +103,48 @@ class LinkRun:
     def _key(self, adapter: str, entry: Entry, dtype: torch.dtype) -> tuple:
         return adapter, entry.null, dtype, text_key(entry.text) if self.link.network.reads_text(adapter) else None
 
-    def branches(self, tags: tuple[int, ...], rows: torch.Tensor | None, count: int, device: torch.device, dtype: torch.dtype, cacheable: bool):
-        """{(position, address): branches} for a batch of len(tags) chunks of `count` rows.
+    def branches(self, rows: Rows, device: torch.device, dtype: torch.dtype) -> dict[tuple[int, str], tuple[Branch, ...]]:
+        """{(position, address): branches} for the rows of one UNet call; the last few layouts are kept on the device."""
+        key = (rows, device, dtype)
+        if key not in self._assembled:
+            while len(self._assembled) >= LAYOUTS:
+                self._assembled.pop(next(iter(self._assembled)), None)
+            self._assembled[key] = self._assemble(rows, device, dtype)
+        return self._assembled[key]
 
-        `rows` (len(tags) * count, 1, 1) holds each row's index in the latent batch, None that the call sees the whole batch.
-        """
-        key = (tags, count, device, dtype)
-        if cacheable and key in self._assembled:
-            return self._assembled[key]
-        rows = _row_numbers(rows, len(tags), count, device)
-        gate: Any = self.link.gates[0]
-        if len(self.link.gates) > 1:
-            gate = torch.tensor(self.link.gates, device=device)[rows].view(-1, 1, 1)
+    def _assemble(self, rows: Rows, device: torch.device, dtype: torch.dtype) -> dict[tuple[int, str], tuple[Branch, ...]]:
+        network, gates = self.link.network, self.link.gates
+        gate: Any = gates[0]
+        if len(gates) > 1:
+            gate = torch.tensor([gates[row] for _, row in rows], device=device).view(-1, 1, 1)
+        # neighbouring rows of one conditioning go together
+        groups = [(entry, [row for _, row in group]) for entry, group in itertools.groupby(rows, key=lambda pair: pair[0])]
         out = {}
-        for address in self.link.network.block_widths:
-            stacked = {name: stack_rows([self._rows(tag, name, address, part, device, dtype) for tag, part in zip(tags, rows.chunk(len(tags)))])
-                       for name in self.link.network.adapters}
+        for address in network.block_widths:
+            stacked = {name: stack_rows([_for_rows(self.kv[entry][name][address], numbers, device, dtype) for entry, numbers in groups])
+                       for name in network.adapters}
             out[self.position, address] = gated_branches(
-                self.link.network.gate_mode, gate, self.link.strength, stacked.get("preservation"), stacked.get("personalization"))
-        if cacheable:
-            self._assembled[key] = out
+                network.gate_mode, gate, self.link.strength, stacked.get("preservation"), stacked.get("personalization"))
         return out
 
-    def _rows(self, tag: int, adapter: str, address: str, rows: torch.Tensor, device: torch.device, dtype: torch.dtype):
-        """K, V of one conditioning, block and adapter for the given rows of the latent batch."""
-        where = (tag, adapter, device, dtype)
-        if where not in self._on_device:
-            self._on_device[where] = {a: (k.to(device, dtype), v.to(device, dtype)) for a, (k, v) in self.kv[tag][adapter].items()}
-        k, v = self._on_device[where][address]
-        if k.shape[0] == 1:
-            return k.expand(len(rows), -1, -1), v.expand(len(rows), -1, -1)
-        index = rows % k.shape[0]  # as core repeats a short text batch
-        return k[index], v[index]
+
+def _for_rows(kv: tuple[torch.Tensor, torch.Tensor], rows: list[int], device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """K, V (texts, n, c) of one conditioning for these rows of the latent batch, (len(rows), n, c)."""
+    k, v = (t.to(device, dtype) for t in kv)
+    if k.shape[0] == 1:
+        return k.expand(len(rows), -1, -1), v.expand(len(rows), -1, -1)
+    index = torch.tensor([row % k.shape[0] for row in rows], device=device)  # as core repeats a short text batch
+    return k[index], v[index]
 
 
 class Run:
     """The state of one sampling run; an object, because ComfyUI copies dicts and lists per UNet call.
 
-    `batch` is the number of latents, `neighbours` how many slots also hold another node's patch (part of the structure).
+    `neighbours` counts the slots that also hold another node's patch (part of the structure that torch.compile must notice).
     """
 
-    def __init__(self, links: list[LinkRun], batch: int, neighbours: int = 0):
+    def __init__(self, links: list[LinkRun], neighbours: int = 0):
         self.links = links
-        self.batch = batch
         self.neighbours = neighbours
         self.entries: list[Entry] = []
         self._untagged: dict[tuple, int] = {}
@@ -149,11 +153,6 @@ class Run:
     def reads_sigma(self) -> bool:
         return not all(link.always for link in self.links)
 
-    @property
-    def per_row(self) -> bool:
-        """Whether rows of one chunk can differ, so that UNet calls must bring row numbers."""
-        return any(len(run.link.gates) > 1 for run in self.links) or any(entry.text.shape[0] > 1 for entry in self.entries)
-
     def prepare(self, entries: list[Entry], dtype: torch.dtype, device_of: Callable[[Link], torch.device]) -> None:
         """Project K and V of `entries` for every link; `device_of` loads the link's network and is called only if needed."""
         self.entries += entries
@@ -161,48 +160,34 @@ class Run:
             device = device_of(run.link) if run.missing(entries, dtype) else torch.device("cpu")
             run.project(entries, dtype, device)
 
-    def untagged(self, text: torch.Tensor, chunks: int, dtype: torch.dtype) -> tuple[int, ...]:
-        """Tags for a call that brought none (a node made its own conditioning): the null reference, with the call's text.
+    def untagged(self, text: torch.Tensor, chunks: int, dtype: torch.dtype) -> Rows:
+        """Rows for a call whose conditioning a node made itself: the null reference, with the call's text.
 
         text (chunks * count, t, w). Computed where the text is, with weights cast as they come.
         """
-        tags = []
+        rows: list[tuple[int, int]] = []
         for part in text.chunk(chunks):
             key = text_key(part)
             if key not in self._untagged:
                 self._untagged[key] = len(self.entries)
                 self.prepare([Entry(part.detach(), null=True)], dtype, lambda link: text.device)
-            tags.append(self._untagged[key])
+            rows += [(self._untagged[key], row) for row in range(part.shape[0])]
         for run in self.links:
             run.counters.untagged += 1
-        return tuple(tags)
+        return tuple(rows)
 
-    def assemble(self, tags: tuple[int, ...], rows: torch.Tensor | None, x: torch.Tensor, dtype: torch.dtype, sigma: float | None, windowed: bool):
-        """Tensors for the patches and the name of their structure, or ({}, "") where no link is active.
-
-        x (len(tags) * count, ...). `windowed`: the call sees a part of the batch, so that equal tags may mean other rows.
-        """
+    def assemble(self, rows: Rows, device: torch.device, dtype: torch.dtype, sigma: float | None) -> tuple[dict[tuple[int, str], tuple[Branch, ...]], str]:
+        """Tensors for the patches and the name of their structure, or ({}, "") where no link is active."""
         tensors: dict[tuple[int, str], tuple[Branch, ...]] = {}
         names = []
-        count = x.shape[0] // len(tags)
-        cacheable = not (self.per_row and (windowed or count != self.batch))
         for run in self.links:
             run.counters.calls += 1
             if not run.active_at(sigma):
                 continue
             run.counters.active += 1
-            tensors.update(run.branches(tags, rows, count, x.device, dtype, cacheable))
+            tensors.update(run.branches(rows, device, dtype))
             names.append(_structure(run, tensors))
         return tensors, f"flexip_{self.neighbours}_" + "_".join(names) if names else ""
-
-
-def _row_numbers(rows: torch.Tensor | None, chunks: int, count: int, device: torch.device) -> torch.Tensor:
-    """Core cuts or repeats per-row conditionings without a word, so the number of rows is checked here."""
-    if rows is None:
-        return torch.arange(count, device=device).repeat(chunks)
-    if rows.shape[0] != chunks * count:
-        raise RuntimeError(f"FlexIP: {rows.shape[0]} row numbers came with a batch of {chunks * count}; another node resized the batch without them.")
-    return rows.flatten().to(device=device, dtype=torch.long)
 
 
 def _structure(run: LinkRun, tensors: dict) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 
 from ..flexip_core import unet
+from ..flexip_core.config import FeatureNeed
+from ..flexip_core.encoders import image_size
 from ..flexip_core.reference import Reference
 from ..flexip_core.run import Link
 from . import runtime
@@ -63,14 +65,13 @@ def check_base(model: Any, adapters: LoadedAdapters) -> None:
 
 
 def check_reference(adapters: LoadedAdapters, reference: Reference) -> None:
-    wanted = {need.name: need.width for need in adapters.network.needs()}
-    got = {name: value.shape[-1] for name, value in reference.features.items()}
-    if got != wanted:
+    wanted = adapters.network.needs()
+    if reference.needs != wanted:
         raise ValueError(
-            f"{NODE}: {adapters.title} reads {_widths(wanted)} wide, but the reference was encoded for other adapters ({_widths(got)} wide, with "
-            f"{reference.encoders}). Wire the same adapters into Encode Reference."
+            f"{NODE}: {adapters.title} reads {_in_words(wanted)}, but the reference was encoded for other adapters: {_in_words(reference.needs)}. "
+            "Wire the same adapters into Encode Reference."
         )
 
 
-def _widths(widths: dict[str, int]) -> str:
-    return ", ".join(f"{name} {width}" for name, width in widths.items())
+def _in_words(needs: tuple[FeatureNeed, ...]) -> str:
+    return ", ".join(f"{need.name} from {need.encoder.model} {image_size(need.encoder)} px ({need.width} wide)" for need in needs)

@@ -52,11 +52,11 @@ class EncodeReference(io.ComfyNode):
         features, null, sources = {}, {}, []
         for need in needs:
             wire = encoders.wired_for(need, wires[encoders.role_of(need)])
-            features[need.name], null[need.name], source = encoders.features(
-                need, loaded.paths[need.name], wire, seen[image_size(need.encoder)], loaded.towers)
+            path = None if wire is not None else encoders.resolve(need, loaded.encoders)
+            features[need.name], null[need.name], source = encoders.features(need, path, wire, seen[image_size(need.encoder)], loaded.towers)
             sources.append(f"{need.encoder.model} from {source}")
-        reference = Reference(features, null, ", ".join(dict.fromkeys(sources)))
-        return io.NodeOutput(reference, ui=ui.PreviewImage(seen[max(seen)], cls=None))
+        reference = Reference(features, null, ", ".join(dict.fromkeys(sources)), needs)
+        return io.NodeOutput(reference, ui=ui.PreviewImage(seen[max(seen)], cls=cls))
 
 
 def _first(values: list | None) -> Any:
@@ -65,12 +65,19 @@ def _first(values: list | None) -> Any:
 
 def _pictures(batches: list[torch.Tensor], masks: list | None):
     """Every picture with its mask: masks are repeated where there are fewer, as ComfyUI does with batches."""
-    pictures = [picture for batch in batches for picture in batch]
-    flat = [m for batch in masks or [] if batch is not None for m in batch.reshape(-1, *batch.shape[-2:])]
+    pictures = [picture for batch in batches if batch is not None for picture in batch]
+    flat = [m for batch in masks or [] if batch is not None for m in _planes(batch)]
     if not pictures:
         raise ValueError(f"{NODE}: expected at least one picture, got an empty batch. Connect an image.")
     for number, picture in enumerate(pictures):
         yield picture, flat[number % len(flat)] if flat else None
+
+
+def _planes(mask: torch.Tensor) -> torch.Tensor:
+    """(h, w), (b, h, w), (b, 1, h, w) or (b, h, w, 1) -> (b, h, w)"""
+    if mask.ndim == 4 and mask.shape[-1] == 1:
+        mask = mask[..., 0]
+    return mask.reshape(-1, *mask.shape[-2:])
 
 
 def _prepared(picture: torch.Tensor, mask: torch.Tensor | None, crop: str, size: int) -> torch.Tensor:

@@ -22,23 +22,28 @@ CHUNK = 8  # pictures per forward pass: bounds the memory of a long list of refe
 _loaded: WeakValueDictionary[tuple, comfy.model_patcher.ModelPatcher] = WeakValueDictionary()
 
 
-def resolve(needs: tuple[FeatureNeed, ...], choices: dict[str, str], node: str) -> dict[str, str | None]:
-    """Path of the encoder file per need; None where "auto" finds none (a wire may bring it).
-
-    A chosen file serves every need that it fits, the others are found as with "auto". One that fits none is refused here,
-    before any tensor is read.
-    """
-    paths = {}
+def refuse_misfits(needs: tuple[FeatureNeed, ...], choices: dict[str, str], node: str) -> None:
+    """A chosen file that fits none of the needs of its role is refused, before any tensor is read."""
     for role, choice in choices.items():
         mine = [need for need in needs if role_of(need) == role]
-        chosen = None if choice == files.AUTO else files.path_of(files.ENCODER_FOLDER, choice, node)
-        for need in mine:
-            fits = chosen is not None and encoders.fits_shapes(read_header(chosen).shapes, need.encoder)
-            paths[need.name] = chosen if fits else _find(need.encoder, node)
-        if chosen is not None and mine and chosen not in paths.values():
-            with named(node):
-                encoders.check_fits(choice, read_header(chosen).shapes, mine[0].encoder)
-    return paths
+        if choice != files.AUTO and mine:
+            shapes = _shapes_of_file(choice, node)
+            if not any(encoders.fits_shapes(shapes, need.encoder) for need in mine):
+                with named(node):
+                    encoders.check_fits(choice, shapes, mine[0].encoder)
+
+
+def resolve(need: FeatureNeed, choices: dict[str, str]) -> str | None:
+    """Path of the encoder file for a need: the chosen one if it fits, else the first in the folder that does; None without any."""
+    choice = choices[role_of(need)]
+    if choice != files.AUTO and encoders.fits_shapes(_shapes_of_file(choice, NODE), need.encoder):
+        return files.path_of(files.ENCODER_FOLDER, choice, NODE)
+    return _find(need.encoder, NODE)
+
+
+def _shapes_of_file(name: str, node: str) -> dict[str, tuple[int, ...]]:
+    with named(node):
+        return read_header(files.path_of(files.ENCODER_FOLDER, name, node)).shapes
 
 
 def _find(cfg: ClipConfig | DinoConfig, node: str) -> str | None:
@@ -67,7 +72,8 @@ def features(need: FeatureNeed, path: str | None, wired: Any, pictures: torch.Te
     Also returns where the weights came from, for the report. A tower read from a file lives as long as `owner`, where it is noted.
     """
     if wired is not None:
-        run, source = _core_runner(need, wired), f"the {role_of(need)} socket"
+        patcher, run = _core_runner(need, wired, pictures)
+        source = f"the {role_of(need)} socket"
     elif path is None:
         raise ValueError(_none_found(need))
     else:
@@ -105,27 +111,32 @@ def _shapes(clip_vision: Any) -> dict[str, tuple[int, ...]]:
 
 def _patcher(cfg: ClipConfig | DinoConfig, path: str) -> comfy.model_patcher.ModelPatcher:
     """open_clip's and timm's layers do not cast, so the tower is loaded whole and in one dtype, by a plain ModelPatcher."""
-    load_device = mm.text_encoder_device()
-    dtype = torch.float16 if mm.should_use_fp16(load_device) else torch.float32
-    key = (path, os.stat(path).st_mtime_ns, repr(cfg), dtype)
+    key = (path, os.stat(path).st_mtime_ns, repr(cfg), _dtype())
     patcher = _loaded.get(key)
     if patcher is None:
         with named(NODE):
-            tower = encoders.load_tower(cfg, path, dtype)
-        patcher = comfy.model_patcher.ModelPatcher(tower, load_device=load_device, offload_device=mm.text_encoder_offload_device())
-        _loaded[key] = patcher
+            patcher = _loaded[key] = _wrap(encoders.load_tower(cfg, path, _dtype()))
     return patcher
+
+
+def _dtype() -> torch.dtype:
+    return torch.float16 if mm.should_use_fp16(mm.text_encoder_device()) else torch.float32
+
+
+def _wrap(tower: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
+    return comfy.model_patcher.ModelPatcher(tower, load_device=mm.text_encoder_device(), offload_device=mm.text_encoder_offload_device())
 
 
 def _tower_runner(need: FeatureNeed, tower: torch.nn.Module) -> Runner:
     return tower.penultimate if need.kind == "penultimate" else tower
 
 
-def _core_runner(need: FeatureNeed, clip_vision: Any) -> Runner:
+def _core_runner(need: FeatureNeed, clip_vision: Any, pictures: torch.Tensor) -> tuple[Any, Runner]:
     """A loaded core CLIP_VISION: run as it is at its own size, else its weights in our tower (the shared object stays as it is)."""
     if clip_vision.image_size != encoders.image_size(need.encoder):
-        tower = encoders.from_core_clip_vision(clip_vision.get_sd(), need.encoder)
-        return _tower_runner(need, tower.to(mm.text_encoder_device()))  # belongs to this one run of the node
+        patcher = _wrap(encoders.load_tower(need.encoder, clip_vision.get_sd(), _dtype()))  # lives for this one run of the node
+        mm.load_models_gpu([patcher], memory_required=_memory(pictures), force_full_load=True)
+        return patcher, _tower_runner(need, patcher.model)
     mm.load_model_gpu(clip_vision.patcher)
     skipped = 1 + encoders.wanted_shape(need.encoder).registers
 
@@ -133,7 +144,7 @@ def _core_runner(need: FeatureNeed, clip_vision: Any) -> Runner:
         last, penultimate, embedding, *_ = clip_vision.model(pixel_values=pixels.to(clip_vision.load_device), intermediate_output=-2)
         return {"embedding": embedding, "penultimate": penultimate, "patches": last[:, skipped:]}[need.kind]
 
-    return run
+    return clip_vision.patcher, run
 
 
 def _memory(pictures: torch.Tensor) -> int:

@@ -26,7 +26,7 @@ class LoadedAdapters:
     title: str
     network: Any  # FlexIPNetwork or IPAdapterPair
     patcher: comfy.model_patcher.ModelPatcher
-    paths: dict[str, str | None]  # feature name -> encoder file; None where "auto" found none (a wire may bring it)
+    encoders: dict[str, str]  # what was chosen for "clip_vision" and "dino", a file or "auto"; looked up when it is needed
     towers: dict[str, comfy.model_patcher.ModelPatcher] = field(default_factory=dict)
 
 
@@ -53,9 +53,10 @@ class LoadFlexIPAdapters(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, preservation: str, personalization: str, clip_vision: str, dino: str) -> list:
-        paths = [files.adapter_path(name, NODE) for name in (preservation, personalization) if name != files.AUTO]
-        paths += [files.path_of(files.ENCODER_FOLDER, name, NODE) for name in (clip_vision, dino) if name != files.AUTO]
+    def fingerprint_inputs(cls, preservation: str | None, personalization: str | None, clip_vision: str | None, dino: str | None) -> list:
+        unset = (files.AUTO, None)  # None: the value comes over a wire
+        paths = [files.adapter_path(name, NODE) for name in (preservation, personalization) if name not in unset]
+        paths += [files.path_of(files.ENCODER_FOLDER, name, NODE) for name in (clip_vision, dino) if name not in unset]
         return [os.stat(path).st_mtime_ns for path in paths]
 
     @classmethod
@@ -64,11 +65,12 @@ class LoadFlexIPAdapters(io.ComfyNode):
         network = load_network(preservation, second)
         patcher = comfy.model_patcher.CoreModelPatcher(network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
         choices = {"clip_vision": clip_vision, "dino": dino}
+        encoders.refuse_misfits(network.needs(), choices, NODE)
         return io.NodeOutput(LoadedAdapters(
             title=title_of(network, preservation, second),
             network=network,
             patcher=patcher,
-            paths=encoders.resolve(network.needs(), choices, NODE),
+            encoders=choices,
         ))
 
 

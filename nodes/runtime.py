@@ -1,7 +1,7 @@
 """How a FlexIP chain lives inside ComfyUI's sampling (design section "Inside ComfyUI").
 
 The links of a model are an immutable tuple in transformer_options. One OUTER_SAMPLE wrapper projects K and V before the UNet is
-loaded and tags every conditioning; one APPLY_MODEL wrapper turns the tags of a UNet call into ready tensors for the patches.
+loaded and tags every row of every conditioning; one APPLY_MODEL wrapper turns the tags of a UNet call into ready tensors.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..flexip_core.attention import GatedAttention
-from ..flexip_core.run import Entry, Link, LinkRun, Run
+from ..flexip_core.run import Entry, Link, LinkRun, Rows, Run
 from . import report
 
 KEY = "flexip"
@@ -23,24 +23,25 @@ LINKS = "flexip_links"
 RUN = "flexip_run"
 LISTENER = "flexip_listener"  # a callable that receives the report's text
 TAG = "flexip_tag"
-ROWS = "flexip_rows"
+ROWS = 2**20  # more than any batch has
 NULL_ROLES = {"negative", "empty_negative_prompt"}
 
 
-class Tag(comfy.conds.CONDRegular):
-    """Which conditioning of the run a chunk of the batch is: a Python index, so that nothing is read back from the GPU."""
+def tag(entry: int, batch: int) -> comfy.conds.CONDRegular:
+    """(batch, 1, 1): which conditioning of the run a row belongs to, and its row in the latent batch, as one number.
 
-    def process_cond(self, batch_size: int, **kwargs: Any) -> Tag:
-        return self
+    A tensor with a row per latent, so that whatever repeats, cuts, windows or reorders the batch does the same to it. It stays on
+    the CPU, so that reading it back waits for nothing.
+    """
+    return comfy.conds.CONDRegular((entry * ROWS + torch.arange(batch)).view(-1, 1, 1))
 
-    def can_concat(self, other: comfy.conds.CONDRegular) -> bool:
-        return isinstance(other, Tag)
 
-    def concat(self, others: list[Tag]) -> tuple[int, ...]:
-        return (self.cond, *(other.cond for other in others))
-
-    def size(self) -> list[int]:
-        return [1]
+def read_tags(tags: torch.Tensor, count: int) -> Rows:
+    """The rows of a UNet call; `count` is how many it has. Core cuts or repeats per-row conditionings without a word."""
+    numbers = tags.flatten().tolist()
+    if len(numbers) != count:
+        raise RuntimeError(f"FlexIP: a model call of {count} rows came with tags for {len(numbers)}; another node resized the batch without its conditionings.")
+    return tuple(divmod(int(number), ROWS) for number in numbers)
 
 
 def links_of(model: Any) -> tuple[Link, ...]:
@@ -92,7 +93,9 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     options = guider.model_options["transformer_options"]
     links = options.get(LINKS, ())
     if all(link.strength == 0 for link in links):
-        return executor(*args, **kwargs)
+        result = executor(*args, **kwargs)
+        report.publish("strength 0: FlexIP does nothing.", links, options.get(LISTENER))
+        return result
     started = time.perf_counter()
     run = _start(guider, links, batch=args[0].shape[0])
     options[RUN] = run
@@ -116,45 +119,49 @@ def _start(guider: Any, links: tuple[Link, ...], batch: int) -> Run:
         for position, link in enumerate(links) if link.strength != 0
     ]
     slots = _slots(guider.model_options["transformer_options"])
-    run = Run(runs, batch, neighbours=sum(_has_neighbour(patch) for patch in slots.values()))
+    run = Run(runs, neighbours=sum(_has_neighbour(patch) for patch in slots.values()))
     conds = [(name, entry) for name, entries in guider.conds.items() for entry in entries]
-    entries = [Entry(_text(entry), null=entry.get("prompt_type", name) in NULL_ROLES) for name, entry in conds]
+    entries = [Entry(_text(entry, links), null=entry.get("prompt_type", name) in NULL_ROLES) for name, entry in conds]
     with torch.no_grad():
         run.prepare(entries, model.model.get_dtype_inference(), _load)
-    rows = {ROWS: comfy.conds.CONDRegular(torch.arange(batch).view(-1, 1, 1))} if run.per_row else {}
-    for tag, (_, entry) in enumerate(conds):
+    for number, (_, entry) in enumerate(conds):
         # a new dict: the old one also belongs to guider.original_conds
-        entry["model_conds"] = {**entry["model_conds"], TAG: Tag(tag), **rows}
+        entry["model_conds"] = {**entry["model_conds"], TAG: tag(number, batch)}
     return run
 
 
-def _text(entry: dict[str, Any]) -> torch.Tensor:
-    if entry.get("cross_attn") is None:
+def _text(entry: dict[str, Any], links: tuple[Link, ...]) -> torch.Tensor:
+    text = entry.get("cross_attn")
+    if text is None:
         raise ValueError("ApplyFlexIPGate: expected a text conditioning, got one without text. Connect CLIPTextEncode to the sampler's positive and negative.")
-    return entry["cross_attn"]
+    wanted = links[0].network.text_width  # of all links: each was checked against the model
+    if text.shape[-1] != wanted:
+        raise ValueError(f"ApplyFlexIPGate: the model reads text {wanted} wide, but a prompt on the sampler is {text.shape[-1]} wide. Encode it with the CLIP of the same checkpoint.")
+    return text
 
 
 def _load(link: Link) -> torch.device:
     """The adapters' weights on their device; the UNet's own load, which follows, evicts them if it must."""
-    patches = max(value[0].numel() for value in link.reference.features.values()) * link.reference.count
-    mm.load_models_gpu([link.patcher], memory_required=64 * 4 * patches)
+    values = sum(value.numel() for value in link.reference.features.values())
+    mm.load_models_gpu([link.patcher], memory_required=64 * 4 * values)  # float32 activations, generously
     return link.patcher.load_device
 
 
 def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
                 transformer_options: dict[str, Any] = {}, **kwargs: Any) -> Any:  # noqa: B006 - core's own signature
     run: Run | None = transformer_options.get(RUN)
-    tags, rows = kwargs.pop(TAG, None), kwargs.pop(ROWS, None)
+    tags = kwargs.pop(TAG, None)
     # everything that is not a tensor stays out of the region that torch.compile sees
     options = {key: value for key, value in transformer_options.items() if key not in (RUN, LINKS, LISTENER, KEY)}
     if run is not None and c_crossattn is not None:
         dtype = executor.class_obj.get_dtype_inference()
-        if tags is None:
+        if tags is not None:
+            rows = read_tags(tags, x.shape[0])
+        else:
             with torch.no_grad():
-                tags = run.untagged(c_crossattn, len(options["cond_or_uncond"]), dtype)
+                rows = run.untagged(c_crossattn, len(options["cond_or_uncond"]), dtype)
         sigma = float(options["sigmas"][0]) if run.reads_sigma else None
-        windowed = "context_window" in options or "ad_params" in options
-        options[KEY], structure = run.assemble(tags, rows, x, dtype, sigma, windowed)
+        options[KEY], structure = run.assemble(rows, x.device, dtype, sigma)
         if structure:
             kwargs[structure] = None
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)

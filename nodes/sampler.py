@@ -63,15 +63,15 @@ class FlexIPSampler(io.ComfyNode):
         if not links:
             raise ValueError(f"{NODE}: the model has no FlexIP gate. Put Apply FlexIP Gate between the checkpoint and this node.")
         values = parse_gates(gates)
-        latent, count = latent_image, len(latent_image["samples"])
         if values:
-            latent = repeat_latent(latent_image, len(values))
-            rows = tuple(value for value in values for _ in range(count))
+            if links[-1].strength == 0:
+                raise ValueError(f"{NODE}: the last Apply FlexIP Gate has strength 0, so all gates would look alike. Raise its strength.")
+            rows = tuple(value for value in values for _ in range(len(latent_image["samples"])))
             links = (*links[:-1], dataclasses.replace(links[-1], gates=rows))
         model = runtime.with_links(model, links)
         reports: list[str] = []
         model.model_options["transformer_options"][runtime.LISTENER] = reports.append
-        result = sample(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, denoise, copies=len(values) or 1)
+        result = sample(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, copies=len(values) or 1)
         report = reports[0] if reports else "FlexIP did not run: every link has strength 0, or no step was sampled."
         if vae is None:
             return io.NodeOutput(result, ExecutionBlocker(f"{NODE}: wire a VAE into it to get the contact sheet."), report)
@@ -97,26 +97,29 @@ def parse_gates(text: str) -> tuple[float, ...]:
 
 
 def repeat_latent(latent: dict, copies: int) -> dict:
-    """Gate-major: the whole latent batch once per gate; `batch_index` lets them share the noise."""
+    """Gate-major: the whole latent batch once per gate. `batch_index` says, as elsewhere in ComfyUI, which noise a latent got."""
     samples = latent["samples"]
     count = samples.shape[0]
     indices = latent.get("batch_index") or list(range(count))
     out = {**latent, "samples": torch.cat([samples] * copies), "batch_index": indices * copies}
     if "noise_mask" in latent:
-        out["noise_mask"] = torch.cat([comfy.utils.repeat_to_batch_size(latent["noise_mask"], count)] * copies)
+        mask = latent["noise_mask"].reshape(-1, 1, *latent["noise_mask"].shape[-2:])
+        out["noise_mask"] = torch.cat([comfy.utils.repeat_to_batch_size(mask, count)] * copies)
     return out
 
 
 def sample(model: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any, negative: Any, latent: dict,
            denoise: float, copies: int) -> dict:
-    """core's KSampler, with one draw of noise per latent shared by its `copies`."""
+    """core's KSampler on `copies` of the latent batch, which all get the noise that one alone would get."""
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    ksampler = comfy.samplers.KSampler(model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise,
-                                       model_options=model.model_options)
     sampler = comfy.samplers.sampler_object(sampler_name)
     if copies > 1:
+        latent = repeat_latent({**latent, "samples": samples}, copies)
+        samples, noise = latent["samples"], torch.cat([noise] * copies)
         sampler = shared_noise(sampler, sampler_name, copies)
+    ksampler = comfy.samplers.KSampler(model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise,
+                                       model_options=model.model_options)
     callback = latent_preview.prepare_callback(model, steps)
     result = comfy.sample.sample_custom(model, noise, cfg, sampler, ksampler.sigmas, positive, negative, samples, noise_mask=latent.get("noise_mask"),
                                         callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)

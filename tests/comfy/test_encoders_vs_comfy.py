@@ -16,7 +16,7 @@ import comfy.clip_model
 import comfy.clip_vision
 import open_clip
 from flexip_pack.flexip_core.config import ClipConfig, DinoConfig
-from flexip_pack.flexip_core.encoders import from_core_clip_vision, load_tower
+from flexip_pack.flexip_core.encoders import load_tower
 from flexip_pack.flexip_core.images import normalise, prepare
 
 VISION = {"width": 32, "layers": 3, "head_width": 16, "patch_size": 14, "image_size": 56}
@@ -57,7 +57,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 def test_clip_from_a_core_object_equals_core():
     core, images = core_model(CORE_CLIP), torch.rand(2, 70, 90, 3)
-    tower = from_core_clip_vision(core.get_sd(), CLIP)
+    tower = load_tower(CLIP, core.get_sd())
     theirs = core.encode_image(images, crop=True)
     assert_close(tower(pixels(tower, images)), theirs["image_embeds"])
     assert_close(tower.penultimate(pixels(tower, images)), theirs["penultimate_hidden_states"])
@@ -78,7 +78,7 @@ def test_a_clip_file_of_open_clip_equals_core_with_the_same_file():
 
 def test_dino_from_a_core_object_equals_core_at_518_px():
     core, images = core_model(CORE_DINO), torch.rand(1, 518, 518, 3)
-    tower = from_core_clip_vision(core.get_sd(), DinoConfig("vit_small_patch14_dinov2", 32, 518, DINO_ARGS))
+    tower = load_tower(DinoConfig("vit_small_patch14_dinov2", 32, 518, DINO_ARGS), core.get_sd())
     assert_close(tower(pixels(tower, images)), core.encode_image(images)["last_hidden_state"][:, 1:])
 
 
@@ -86,7 +86,7 @@ def test_a_core_dino_runs_at_another_size_and_stays_as_it_is():
     core, images = core_model(CORE_DINO), torch.rand(1, 230, 224, 3)
     state = {key: value.clone() for key, value in core.get_sd().items()}
     before = core.encode_image(images)["last_hidden_state"].clone()
-    tower = from_core_clip_vision(core.get_sd(), DinoConfig("vit_small_patch14_dinov2", 32, 224, DINO_ARGS))
+    tower = load_tower(DinoConfig("vit_small_patch14_dinov2", 32, 224, DINO_ARGS), core.get_sd())
     assert tower(pixels(tower, images)).shape == (1, 256, 32)
     tower.to(torch.float64)
     assert all(torch.equal(value, state[key]) for key, value in core.get_sd().items())

@@ -186,9 +186,9 @@ def test_a_second_run_projects_nothing_and_another_prompt_only_what_depends_on_i
         tiny.ksample(gated, positive, N)
         return next(line for line in reports[-1].splitlines() if line.startswith("K/V")).rstrip(".")
 
-    assert run(P) == "K/V: 4 projected, 0 from the run before"
-    assert run(P, gate=0.1, strength=0.4) == "K/V: 0 projected, 4 from the run before"
-    assert run(tiny.cond(5)) == "K/V: 1 projected, 3 from the run before"
+    assert run(P) == "K/V: 4 projected, 0 reused"
+    assert run(P, gate=0.1, strength=0.4) == "K/V: 0 projected, 4 reused"
+    assert run(tiny.cond(5)) == "K/V: 1 projected, 3 reused"
 
 
 def test_interrupted_run_leaves_nothing_behind(model, network):

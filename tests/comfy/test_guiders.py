@@ -159,3 +159,49 @@ def test_second_model_of_a_two_model_guider_runs_bare(model, network):
     other = tiny.tiny_model(seed=1)
     got = tiny.guide(first(custom.DualModelGuider.execute(model, P, 7.0, runtime.attach(other, link), N)))
     assert torch.equal(got, tiny.guide(first(custom.DualModelGuider.execute(model, P, 7.0, other, N))))
+
+
+def rows_in_tile_order(apply_model, arguments):
+    """As TiledDiffusion batches: each row of the batch repeated next to the whole chunk sequence, chunks no longer in blocks."""
+    x, t, c = arguments["input"], arguments["timestep"], dict(arguments["c"])
+    order = torch.arange(x.shape[0]).view(len(arguments["cond_or_uncond"]), -1).T.flatten()  # row-major instead of chunk-major
+    c = {key: value[order] if isinstance(value, torch.Tensor) and value.shape[:1] == x.shape[:1] else value for key, value in c.items()}
+    out = apply_model(x[order], t[order], **c)
+    return torch.empty_like(out).index_copy_(0, order, out)
+
+
+def rows_one_by_one(apply_model, arguments):
+    x, t, c = arguments["input"], arguments["timestep"], arguments["c"]
+    pick = lambda value, i: value[i:i + 1] if isinstance(value, torch.Tensor) and value.shape[:1] == x.shape[:1] else value  # noqa: E731
+    return torch.cat([apply_model(x[i:i + 1], t[i:i + 1], **{key: pick(value, i) for key, value in c.items()}) for i in range(len(x))])
+
+
+@pytest.mark.parametrize("wrapper", [rows_in_tile_order, rows_one_by_one])
+@pytest.mark.parametrize("gate", [0.6, (0.1, 0.9)], ids=["one gate", "gate per row"])
+def test_packs_that_reorder_or_split_the_batch_keep_every_rows_reference_and_gate(model, network, wrapper, gate):
+    noise = tiny.noise_for(2)
+    positive = tiny.cond(1, batch=2)
+    link = tiny.link_for(network, tiny.tiny_reference(), gate)
+    expected = tiny.ksample(tiny.naive_attach(model, [link], [(positive[0][0], False), (N[0][0], True)]), positive, N, noise=noise)
+    wrapped = runtime.attach(model, link)
+    wrapped.set_model_unet_function_wrapper(wrapper)
+    assert tiny.relative_error(tiny.ksample(wrapped, positive, N, noise=noise), expected) < TOLERANCE
+
+
+def test_a_prompt_of_another_checkpoints_clip_is_a_sentence(model, network):
+    gated = runtime.attach(model, tiny.link_for(network, tiny.tiny_reference()))
+    wide = [[torch.randn(1, 77, 2 * tiny.TEXT_WIDTH), {}]]
+    with pytest.raises(ValueError, match="ApplyFlexIPGate: the model reads text 64 wide.*128 wide"):
+        tiny.ksample(gated, wide, N)
+
+
+def test_many_prompts_over_time_keep_a_bounded_number_of_layouts_on_the_device(model, network, monkeypatch):
+    from flexip_pack.flexip_core import run as core_run
+
+    most = []
+    original = core_run.LinkRun.branches
+    monkeypatch.setattr(core_run.LinkRun, "branches", lambda self, *args: (original(self, *args), most.append(len(self._assembled)))[0])
+    setter = nodes.ConditioningSetTimestepRange()
+    schedule = [part for i in range(10) for part in setter.set_range(tiny.cond(20 + i), i / 10, (i + 1) / 10)[0]]
+    tiny.ksample(runtime.attach(model, tiny.link_for(network, tiny.tiny_reference())), schedule, N, steps=10)
+    assert len(most) == 10 and max(most) == core_run.LAYOUTS

@@ -198,3 +198,40 @@ def test_a_changed_file_is_loaded_again(mini_models):
 def test_loading_keeps_the_files_precision(mini_models):
     dtypes = {p.dtype for p in load(mini.MINI_FLEXIP).network.parameters()}
     assert dtypes == {value.dtype for value in load_file(mini_models / "flexip" / mini.MINI_FLEXIP).values()} == {torch.float16}
+
+
+def test_an_encoder_put_into_the_folder_after_the_error_is_found(mini_models):
+    """LoadFlexIPAdapters stays cached between the two tries."""
+    file = mini_models / files.ENCODER_FOLDER / mini.MINI_CLIP_FILE
+    away = file.rename(mini_models / "away.safetensors")
+    folder_paths.filename_list_cache.clear()
+    adapters = load(mini.MINI_FLEXIP)
+    with pytest.raises(ValueError, match="EncodeReference: these adapters want CLIP"):
+        encode(adapters, picture())
+    away.rename(file.with_name("other name.safetensors"))
+    folder_paths.filename_list_cache.clear()
+    assert encode(adapters, picture()).args[0].count == 1
+
+
+def test_a_wired_file_name_does_not_reload_at_every_run(mini_models):
+    arguments = dict(preservation=None, personalization="auto", clip_vision=None, dino="auto")
+    assert LoadFlexIPAdapters.fingerprint_inputs(**arguments) == LoadFlexIPAdapters.fingerprint_inputs(**arguments) == []
+
+
+@pytest.mark.parametrize("shape", [(80, 120), (1, 80, 120), (1, 1, 80, 120), (1, 80, 120, 1)])
+def test_a_mask_may_have_any_of_comfyuis_shapes(mini_models, shape):
+    mask = torch.zeros(80, 120)
+    mask[20:50, 70:110] = 1
+    adapters = load(mini.MINI_FLEXIP)
+    expected = encode(adapters, picture(6, 80, 120), "subject", mask[None]).args[0].features["cls"]
+    assert torch.equal(encode(adapters, picture(6, 80, 120), "subject", mask.reshape(shape)).args[0].features["cls"], expected)
+
+
+def test_a_reference_of_another_encoder_with_the_same_widths_is_refused(mini_models):
+    from flexip_pack.nodes.apply import check_reference
+
+    adapters_file(mini_models, "bigger.safetensors", clip=mini.MINI_CLIP, dino=dataclasses.replace(mini.MINI_DINO, image_size=280))
+    reference = encode(load(mini.MINI_FLEXIP), picture()).args[0]
+    check_reference(load(mini.MINI_FLEXIP), reference)
+    with pytest.raises(ValueError, match="ApplyFlexIPGate: bigger.safetensors reads .*280 px.*224 px"):
+        check_reference(load("bigger.safetensors"), reference)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from flexip_core import encoders
 from flexip_core.config import ClipConfig, DinoConfig
-from flexip_core.encoders import check_fits, describe_model, from_core_clip_vision, image_size, load_tower, wanted_shape
+from flexip_core.encoders import check_fits, describe_model, image_size, load_tower, wanted_shape
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -260,7 +260,7 @@ def test_pickled_files_load_like_safetensors(tmp_path):
 def test_a_shared_state_dict_is_not_changed(tmp_path):
     shared = as_transformers(hf_dino_reg(), tmp_path)
     before = {key: value.clone() for key, value in shared.items()}
-    tower = from_core_clip_vision(shared, DinoConfig(DINO_REG.model, 32, 224, DINO_ARGS))
+    tower = load_tower(DinoConfig(DINO_REG.model, 32, 224, DINO_ARGS), shared)
     tower.to(torch.float64)
     assert shared.keys() == before.keys() and all(torch.equal(shared[k], before[k]) for k in before)
     assert all(value.dtype == torch.float32 for value in shared.values())
