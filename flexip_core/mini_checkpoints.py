@@ -58,6 +58,7 @@ LAYOUTS = {
     "sd15_full": Layout(SD15, (320, 640, 1280, 1280), 2, *_SD15_DEPTHS),
     "sdxl_min": Layout(SDXL, (320, 320, 320), 1, (0, 2, 5), 1, (1, 1, 1, 0, 0, 0)),
     "sdxl_narrow": Layout(SDXL, (320, 320, 320), 2, *_SDXL_DEPTHS),
+    "sdxl_full": Layout(SDXL, (320, 640, 1280), 2, *_SDXL_DEPTHS),
 }
 
 

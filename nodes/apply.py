@@ -57,11 +57,15 @@ def check_base(model: Any, adapters: LoadedAdapters) -> None:
     if not widths:
         raise ValueError(f"{NODE}: the model ({name}) is not a UNet with text cross-attentions. FlexIP works with SD1.5 and SDXL checkpoints; load one of those.")
     wanted = adapters.network.block_widths
-    if widths != wanted or text_width != adapters.network.text_width:
-        raise ValueError(
-            f"{NODE}: {adapters.title} was made for {adapters.network.base} ({len(wanted)} cross-attention blocks, text {adapters.network.text_width} wide), "
-            f"but the model ({name}) has {len(widths)} blocks and text {text_width} wide. Use a checkpoint and adapters of the same base."
-        )
+    if widths == wanted and text_width == adapters.network.text_width:
+        return
+    text = f"{adapters.title} was made for {adapters.network.base} ({len(wanted)} cross-attention blocks, text {adapters.network.text_width} wide), but the model ({name}) "
+    if widths.keys() == wanted.keys() and text_width == adapters.network.text_width:
+        block = next(address for address in wanted if widths[address] != wanted[address])
+        text += f"is {widths[block]} wide in block {block}, not {wanted[block]}."
+    else:
+        text += f"has {len(widths)} blocks and text {text_width} wide."
+    raise ValueError(f"{NODE}: {text} Use a checkpoint and adapters of the same base.")
 
 
 def check_reference(adapters: LoadedAdapters, reference: Reference) -> None:

@@ -172,6 +172,14 @@ def test_two_encoders_serve_two_files(pair_world):
     assert not reference.null["personalization"].any() and reference.null["preservation"].any()
 
 
+def test_a_chosen_encoder_file_serves_what_it_fits_and_the_rest_is_found(pair_world):
+    write_encoder(pair_world, "z other A.safetensors", "A", seed=9)
+    adapters = load(PLUS, "plain-B.bin", clip_vision="z other A.safetensors")
+    assert encode(adapters, picture()).args[0].encoders == "clip A from z other A.safetensors, clip B from encoder B.safetensors"
+    with pytest.raises(ValueError, match="LoadFlexIPAdapters: encoder B.safetensors is CLIP.*48 wide.*these adapters need CLIP.*32 wide"):
+        load(PLUS, clip_vision="encoder B.safetensors")
+
+
 def test_one_encoder_serves_two_files_that_want_the_same(pair_world):
     adapters = load(PLUS, PLAIN)
     reference = encode(adapters, picture(batch=2)).args[0]

@@ -19,7 +19,10 @@ def load(path: Path, layout: str) -> tuple:
     return comfy.sd.load_checkpoint_guess_config(str(path))[:3]
 
 
-@pytest.mark.parametrize("layout", mini_checkpoints.LAYOUTS)
+LAYOUTS = [pytest.param(name, marks=pytest.mark.long) if name == "sdxl_full" else name for name in mini_checkpoints.LAYOUTS]  # 10 GB
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_block_addresses_are_those_of_the_loaded_unet(
         tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
