@@ -1,4 +1,5 @@
 """FlexIP for ComfyUI: one gate between "keep this subject" and "follow my prompt" (arXiv 2504.07405)."""
+
 from .nodes import comfy_entrypoint
 
 WEB_DIRECTORY = "./web"

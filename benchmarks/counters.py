@@ -1,4 +1,5 @@
 """What one UNet call costs, counted instead of timed: operations, FLOPs, host synchronisations, bytes written."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -8,9 +9,13 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 SYNCS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select"}
+# torch's counter knows only the GPU's attention kernels
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 PROJECTIONS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::matmul"}
 
 
@@ -47,16 +52,25 @@ def _is_view(function: Any) -> bool:
     """An operation whose result aliases an input without writing to it."""
     aliases = [argument.alias_info for argument in function._schema.arguments if argument.alias_info is not None]
     returned = [result.alias_info for result in function._schema.returns if result.alias_info is not None]
-    return bool(returned) and not any(alias.is_write for alias in aliases) or function._schema.name in ("aten::_unsafe_view", "aten::detach")
+    return (
+        bool(returned)
+        and not any(alias.is_write for alias in aliases)
+        or function._schema.name in ("aten::_unsafe_view", "aten::detach")
+    )
 
 
 def count(call: Callable[[], Any]) -> Cost:
     operations = _Operations()
-    with FlopCounterMode(display=False) as flops, operations:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as flops, operations:
         call()
     total = operations.counts
-    return Cost(sum(total.values()), flops.get_total_flops() / 1e9, sum(total[name] for name in SYNCS), operations.bytes / 1e6,
-                sum(total[name] for name in PROJECTIONS))
+    return Cost(
+        sum(total.values()),
+        flops.get_total_flops() / 1e9,
+        sum(total[name] for name in SYNCS),
+        operations.bytes / 1e6,
+        sum(total[name] for name in PROJECTIONS),
+    )
 
 
 def per_call(run: Callable[[int], Any]) -> Cost:

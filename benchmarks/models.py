@@ -1,4 +1,5 @@
 """Full-size UNets with random weights in a real ComfyUI, and FlexIP on them. Import after ComfyUI is on the path."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -15,7 +16,9 @@ import torch
 
 REPO = Path(__file__).resolve().parents[1]
 if "flexip_pack" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("flexip_pack", REPO / "__init__.py", submodule_search_locations=[str(REPO)])
+    spec = importlib.util.spec_from_file_location(
+        "flexip_pack", REPO / "__init__.py", submodule_search_locations=[str(REPO)]
+    )
     sys.modules["flexip_pack"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["flexip_pack"])
 from flexip_pack.flexip_core import unet  # noqa: E402
@@ -25,12 +28,37 @@ from flexip_pack.flexip_core.reference import Reference  # noqa: E402
 from flexip_pack.flexip_core.run import Link  # noqa: E402
 from flexip_pack.nodes import runtime  # noqa: E402
 
-COMMON = dict(image_size=32, in_channels=4, out_channels=4, use_spatial_transformer=True, legacy=False, use_temporal_attention=False)
-SD15 = dict(COMMON, num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4], transformer_depth=[1] * 6 + [0] * 2, transformer_depth_middle=1,
-            transformer_depth_output=[1] * 9 + [0] * 3, context_dim=768, use_linear_in_transformer=False, adm_in_channels=None)
-SDXL = dict(COMMON, num_res_blocks=[2] * 3, channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10], transformer_depth_middle=10,
-            transformer_depth_output=[0] * 3 + [2] * 3 + [10] * 3, context_dim=2048, use_linear_in_transformer=True, adm_in_channels=2816,
-            num_classes="sequential")
+COMMON = dict(
+    image_size=32,
+    in_channels=4,
+    out_channels=4,
+    use_spatial_transformer=True,
+    legacy=False,
+    use_temporal_attention=False,
+)
+SD15 = dict(
+    COMMON,
+    num_res_blocks=[2] * 4,
+    channel_mult=[1, 2, 4, 4],
+    transformer_depth=[1] * 6 + [0] * 2,
+    transformer_depth_middle=1,
+    transformer_depth_output=[1] * 9 + [0] * 3,
+    context_dim=768,
+    use_linear_in_transformer=False,
+    adm_in_channels=None,
+)
+SDXL = dict(
+    COMMON,
+    num_res_blocks=[2] * 3,
+    channel_mult=[1, 2, 4],
+    transformer_depth=[0, 0, 2, 2, 10, 10],
+    transformer_depth_middle=10,
+    transformer_depth_output=[0] * 3 + [2] * 3 + [10] * 3,
+    context_dim=2048,
+    use_linear_in_transformer=True,
+    adm_in_channels=2816,
+    num_classes="sequential",
+)
 BASES = {"sd15": (comfy.supported_models.SD15, SD15, 512), "sdxl": (comfy.supported_models.SDXL, SDXL, 1024)}
 
 
@@ -63,15 +91,26 @@ class Bench:
 
     def _reference(self) -> Reference:
         generator = torch.Generator().manual_seed(7)
-        features = {"cls": torch.randn(1, 1024, generator=generator), "patches": torch.randn(1, 256, 1024, generator=generator)}
+        features = {
+            "cls": torch.randn(1, 1024, generator=generator),
+            "patches": torch.randn(1, 256, 1024, generator=generator),
+        }
         return Reference(features, {name: torch.zeros_like(value) for name, value in features.items()}, "random")
 
     def network(self, mode: str) -> tuple[FlexIPNetwork, comfy.model_patcher.ModelPatcher]:
         """Both adapters: 20 preservation tokens and 77 of the prompt."""
         torch.manual_seed(3)
-        cfg = FlexIPConfig(base=self.base, text_width=self.text_width, blocks=self.widths, gate_mode=mode, resampler=ResamplerConfig(depth=1))
+        cfg = FlexIPConfig(
+            base=self.base,
+            text_width=self.text_width,
+            blocks=self.widths,
+            gate_mode=mode,
+            resampler=ResamplerConfig(depth=1),
+        )
         network = FlexIPNetwork(cfg, comfy.ops.manual_cast).requires_grad_(False).to(self.dtype)
-        return network, comfy.model_patcher.ModelPatcher(network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+        return network, comfy.model_patcher.ModelPatcher(
+            network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device()
+        )
 
     def gated(self, mode: str, gates: tuple[float, ...] = (0.6,), loaded: tuple | None = None, **settings: Any) -> Any:
         network, patcher = loaded or self.network(mode)
@@ -83,6 +122,21 @@ class Bench:
         return [[torch.randn(1, tokens, self.text_width, generator=generator), extra]]
 
     def sample(self, model: Any, steps: int, batch: int = 1, callback: Any = None) -> torch.Tensor:
-        noise = torch.randn(1, 4, self.latent, self.latent, generator=torch.Generator().manual_seed(1)).repeat(batch, 1, 1, 1)
-        return comfy.sample.sample(model, noise, steps, 7.0, "euler", "normal", self.conditioning(1), self.conditioning(2), torch.zeros_like(noise),
-                                   denoise=1.0, disable_pbar=True, seed=0, callback=callback)
+        noise = torch.randn(1, 4, self.latent, self.latent, generator=torch.Generator().manual_seed(1)).repeat(
+            batch, 1, 1, 1
+        )
+        return comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            7.0,
+            "euler",
+            "normal",
+            self.conditioning(1),
+            self.conditioning(2),
+            torch.zeros_like(noise),
+            denoise=1.0,
+            disable_pbar=True,
+            seed=0,
+            callback=callback,
+        )

@@ -2,6 +2,7 @@
 
 Nothing of it is in this repository: its package is imported from the folder given on the command line.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -17,7 +18,9 @@ TOKENS, ENCODER_WIDTH, DEPTH, HEADS_WIDTH = 16, 1280, 4, 64
 class Peer:
     def __init__(self, folder: Path, bench: Any):
         name = "ipadapter_plus_peer"
-        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
         self.node = sys.modules[name].NODE_CLASS_MAPPINGS["IPAdapterEmbeds"]
@@ -29,7 +32,10 @@ class Peer:
     def applied(self, adapters: int) -> Any:
         model = self.bench.model
         for _ in range(adapters):
-            model = self.node().apply_ipadapter(model, {"ipadapter": {"model": self.weights}}, self.embeds[0], 0.6, "linear", 0.0, 1.0, neg_embed=self.embeds[1])[0]
+            pipeline = {"ipadapter": {"model": self.weights}, "clipvision": {"model": None}}
+            model = self.node().apply_ipadapter(
+                model, pipeline, self.embeds[0], 0.6, "linear", 0.0, 1.0, neg_embed=self.embeds[1]
+            )[0]
         return model
 
 
@@ -42,15 +48,34 @@ def plus_weights(bench: Any) -> dict[str, dict[str, torch.Tensor]]:
         return torch.randn(out, into, generator=generator) / into**0.5
 
     proj = {
-        "latents": torch.randn(1, TOKENS, width, generator=generator), "proj_in.weight": linear(width, ENCODER_WIDTH), "proj_in.bias": torch.zeros(width),
-        "proj_out.weight": linear(bench.text_width, width), "proj_out.bias": torch.zeros(bench.text_width),
-        "norm_out.weight": torch.ones(bench.text_width), "norm_out.bias": torch.zeros(bench.text_width),
+        "latents": torch.randn(1, TOKENS, width, generator=generator),
+        "proj_in.weight": linear(width, ENCODER_WIDTH),
+        "proj_in.bias": torch.zeros(width),
+        "proj_out.weight": linear(bench.text_width, width),
+        "proj_out.bias": torch.zeros(bench.text_width),
+        "norm_out.weight": torch.ones(bench.text_width),
+        "norm_out.bias": torch.zeros(bench.text_width),
     }
     for layer in range(DEPTH):
-        for key, shape in (("0.to_q", (width, width)), ("0.to_kv", (2 * width, width)), ("0.to_out", (width, width)), ("1.1", (4 * width, width)), ("1.3", (width, 4 * width))):
+        for key, shape in (
+            ("0.to_q", (width, width)),
+            ("0.to_kv", (2 * width, width)),
+            ("0.to_out", (width, width)),
+            ("1.1", (4 * width, width)),
+            ("1.3", (width, 4 * width)),
+        ):
             proj[f"layers.{layer}.{key}.weight"] = linear(*shape)
         for key in ("0.norm1", "0.norm2", "1.0"):
-            proj[f"layers.{layer}.{key}.weight"], proj[f"layers.{layer}.{key}.bias"] = torch.ones(width), torch.zeros(width)
-    blocks = sorted(bench.widths, key=lambda address: ("input", "output", "middle").index(address.split(".")[0]))  # stable: keeps the order within
-    pairs = {f"{2 * n + 1}.to_{x}_ip.weight": linear(bench.widths[address], bench.text_width) for n, address in enumerate(blocks) for x in "kv"}
+            proj[f"layers.{layer}.{key}.weight"], proj[f"layers.{layer}.{key}.bias"] = (
+                torch.ones(width),
+                torch.zeros(width),
+            )
+    blocks = sorted(
+        bench.widths, key=lambda address: ("input", "output", "middle").index(address.split(".")[0])
+    )  # stable: keeps the order within
+    pairs = {
+        f"{2 * n + 1}.to_{x}_ip.weight": linear(bench.widths[address], bench.text_width)
+        for n, address in enumerate(blocks)
+        for x in "kv"
+    }
     return {"image_proj": proj, "ip_adapter": pairs}

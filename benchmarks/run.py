@@ -6,9 +6,11 @@
 Run it with ComfyUI's own Python (scripts/demo.py made one in .flexip/venv). Counted first: operations, synchronisations,
 bytes and FLOPs of one UNet call with classifier-free guidance; then the step time as the median of interleaved ratios.
 """
+
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import platform
@@ -30,7 +32,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of ComfyUI_IPAdapter_plus")
-    parser.add_argument("--pairs", type=int, default=7, help="timed pairs of steps per model")
+    parser.add_argument("--pairs", type=int, default=7, help="timed pairs of runs per model; 0 counts only")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     start_comfyui(options.comfyui, options.device)
@@ -43,7 +45,10 @@ def main() -> None:
 def start_comfyui(tree: Path, device: str) -> None:
     """ComfyUI's packages and our pack become importable; its argument parser sees only what it must."""
     sys.path[:] = [str(tree), str(HERE), *(p for p in sys.path if Path(p or ".").resolve() != HERE.parent)]
-    arguments, sys.argv = sys.argv, [sys.argv[0], "--use-pytorch-cross-attention", *(["--cpu"] if device == "cpu" else [])]
+    arguments, sys.argv = (
+        sys.argv,
+        [sys.argv[0], "--use-pytorch-cross-attention", *(["--cpu"] if device == "cpu" else [])],
+    )
     import comfy.options
 
     comfy.options.enable_args_parsing()
@@ -75,18 +80,34 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name, make in variants.items():
         model = make()
-        extra = per_call(lambda steps: bench.sample(model, steps, options.batch)) - bare
+        extra = per_call(functools.partial(bench.sample, model, batch=options.batch)) - bare
         ratios = time_ratios(bench, model, options)
-        rows.append({
-            "name": name, "operations_per_block": extra.operations / len(bench.widths), "operations_percent": 100 * extra.operations / bare.operations,
-            "syncs": extra.syncs, "linear_layers": extra.matmuls, "megabytes": extra.megabytes, "flop_percent": 100 * extra.gflop / bare.gflop,
-            "step_ratio": statistics.median(ratios), "step_ratio_range": [min(ratios), max(ratios)],
-        })
+        rows.append(
+            {
+                "name": name,
+                "operations_per_block": extra.operations / len(bench.widths),
+                "operations_percent": 100 * extra.operations / bare.operations,
+                "syncs": extra.syncs,
+                "linear_layers": extra.matmuls,
+                "megabytes": extra.megabytes,
+                "flop_percent": 100 * extra.gflop / bare.gflop,
+                "step_ratios": ratios,
+            }
+        )
+        print(f"measured: {name}", file=sys.stderr)
         del model
         gc.collect()
-    return {"base": options.base, "size": bench.latent * 8, "batch": options.batch, "dtype": str(dtype), "device": machine(options.device),
-            "torch": torch.__version__, "blocks": len(bench.widths), "bare": {"operations": bare.operations, "syncs": bare.syncs, "megabytes": bare.megabytes,
-                                                                             "gflop": bare.gflop}, "rows": rows}
+    return {
+        "base": options.base,
+        "size": bench.latent * 8,
+        "batch": options.batch,
+        "dtype": str(dtype),
+        "device": machine(options.device),
+        "torch": torch.__version__,
+        "blocks": len(bench.widths),
+        "bare": {"operations": bare.operations, "syncs": bare.syncs, "megabytes": bare.megabytes, "gflop": bare.gflop},
+        "rows": rows,
+    }
 
 
 def time_ratios(bench: Any, model: Any, options: argparse.Namespace) -> list[float]:
@@ -130,10 +151,12 @@ def table(result: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
-        low, high = row["step_ratio_range"]
+        ratios = row["step_ratios"]
+        time_text = f"x{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})" if ratios else "not timed"
         lines.append(
             f"| {row['name']} | {row['operations_per_block']:.1f} | +{row['operations_percent']:.1f} % | {row['syncs']} | {row['linear_layers']} | "
-            f"{row['megabytes']:.0f} | +{row['flop_percent']:.2f} % | x{row['step_ratio']:.3f} ({low:.3f}-{high:.3f}) |")
+            f"{row['megabytes']:.0f} | +{row['flop_percent']:.2f} % | {time_text} |"
+        )
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 Shape legend: r reference images, p patch tokens, t text tokens, b batch, w text width.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -93,7 +94,9 @@ class FlexIPNetwork(nn.Module):
         clip, dino = self.cfg.clip, self.cfg.dino
         return FeatureNeed("cls", clip, "embedding", clip.width), FeatureNeed("patches", dino, "patches", dino.width)
 
-    def tokens(self, adapter: str, features: Mapping[str, torch.Tensor], text: torch.Tensor | None = None) -> torch.Tensor:
+    def tokens(
+        self, adapter: str, features: Mapping[str, torch.Tensor], text: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Tokens of one adapter for features "cls" (r, clip width), "patches" (r, p, dino width) and text (b, t, w).
 
         preservation: (1, r * (semantic + detail), w), the references side by side; personalization: (b, t, w).

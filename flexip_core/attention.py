@@ -2,6 +2,7 @@
 
 Shape legend: b batch, n image tokens, m adapter tokens, h heads, d head width, c = h * d.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -14,7 +15,9 @@ Branch = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
 """K (b, m, c), V (b, m, c) with gate and strength folded in, and a bool mask (b, 1, 1, m) of the tokens that exist."""
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """softmax(q kT / sqrt(d)) v for q (b, n, c) and k, v (b, m, c); returns (b, n, c).
 
     Torch's own kernel whatever attention ComfyUI uses elsewhere: m is tiny, and quantising kernels ruin such short sums.
@@ -41,19 +44,25 @@ class GatedAttention:
     Never modified once sampling starts; `fork` gives a clone of the model its own object (see nodes/apply.py).
     """
 
-    def __init__(self, address: str, position: int, base_attention: Callable[..., torch.Tensor], previous: Callable | None = None):
+    def __init__(
+        self, address: str, position: int, base_attention: Callable[..., torch.Tensor], previous: Callable | None = None
+    ):
         self.address = address
         self.position = position
         self.base_attention = base_attention
         self.previous = previous
         self.added: tuple[tuple[Callable, dict[str, Any]], ...] = ()
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]
+    ) -> torch.Tensor:
         heads = extra_options["n_heads"]
         if self.previous is not None:
             out = self.previous(q, k, v, extra_options)
         else:
-            out = self.base_attention(q, k, v, heads, attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options)
+            out = self.base_attention(
+                q, k, v, heads, attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options
+            )
         branches = extra_options.get("flexip", {}).get((self.position, self.address))
         if branches is not None:
             out = decoupled_attention(out, q, branches, heads)
@@ -69,7 +78,9 @@ class GatedAttention:
         return twin
 
 
-def _run_added(added: tuple, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
+def _run_added(
+    added: tuple, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]
+) -> torch.Tensor:
     """Callbacks as those packs define them: (out, q, k, v, extra_options, **kwargs) -> addition, within sigma_start..sigma_end."""
     sigma = None
     for callback, kwargs in added:

@@ -3,6 +3,7 @@
 Metadata: `flexip.format` = "1" and `flexip.config` = JSON of FlexIPConfig. Tensors: `preservation.*`, `personalization.*`,
 `blocks.<address>.<adapter>.to_k.weight` with ComfyUI's block addresses. Reading is strict.
 """
+
 from __future__ import annotations
 
 import json
@@ -63,9 +64,13 @@ def _checked_config(header: Header) -> FlexIPConfig:
     name = Path(header.path).name
     version = header.metadata.get(FORMAT_KEY)
     if version is None:
-        raise ValueError(f"{name} is not a FlexIP checkpoint: its metadata has no {FORMAT_KEY!r}. Choose a file that was written by FlexIP.")
+        raise ValueError(
+            f"{name} is not a FlexIP checkpoint: its metadata has no {FORMAT_KEY!r}. Choose a file that was written by FlexIP."
+        )
     if version != FORMAT:
-        raise ValueError(f"{name} has FlexIP format {version!r}, this version of the pack reads format {FORMAT!r}. Update the pack or choose another file.")
+        raise ValueError(
+            f"{name} has FlexIP format {version!r}, this version of the pack reads format {FORMAT!r}. Update the pack or choose another file."
+        )
     try:
         cfg = FlexIPConfig.from_dict(json.loads(header.metadata.get(CONFIG_KEY, "null")))
     except ValueError as error:
@@ -80,7 +85,9 @@ def _checked_config(header: Header) -> FlexIPConfig:
         )
     for key, shape in expected.items():
         if header.shapes[key] != shape:
-            raise ValueError(f"{name}: tensor {key} has shape {list(header.shapes[key])}, its config needs {list(shape)}. Download or export it again.")
+            raise ValueError(
+                f"{name}: tensor {key} has shape {list(header.shapes[key])}, its config needs {list(shape)}. Download or export it again."
+            )
     return cfg
 
 

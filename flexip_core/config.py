@@ -3,6 +3,7 @@
 The paper leaves depth, width and token counts open; they are fields here, with defaults taken from the public
 IP-Adapter-Plus recipe where the paper is silent.
 """
+
 from __future__ import annotations
 
 import dataclasses

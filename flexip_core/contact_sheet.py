@@ -1,4 +1,5 @@
 """Pictures side by side with a label each."""
+
 from __future__ import annotations
 
 import numpy as np

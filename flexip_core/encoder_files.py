@@ -4,6 +4,7 @@ Two layouts are the towers' own: open_clip's (`CLIP` towers: `class_embedding`, 
 `trunk.blocks.N...` where open_clip wraps a timm model) and timm's (`DINO` towers: `blocks.N...`). One table of names
 per foreign layout serves both the recognition (on shapes) and the conversion (on tensors).
 """
+
 from __future__ import annotations
 
 import re
@@ -84,16 +85,35 @@ _DINO_FROM_META = (
 _SIGNS = (
     ("clip", "open_clip", ("class_embedding", "positional_embedding", "conv1.weight", "ln_post.weight")),
     ("clip", "open_clip", ("trunk.patch_embed.proj.weight", "trunk.blocks.0.norm1.weight")),
-    ("clip", "transformers", ("embeddings.class_embedding", "embeddings.patch_embedding.weight",
-                              "embeddings.position_embedding.weight", "pre_layrnorm.weight")),
-    ("dino", "transformers", ("embeddings.cls_token", "embeddings.patch_embeddings.projection.weight",
-                              "embeddings.position_embeddings", "encoder.layer.0.layer_scale1.lambda1")),
+    (
+        "clip",
+        "transformers",
+        (
+            "embeddings.class_embedding",
+            "embeddings.patch_embedding.weight",
+            "embeddings.position_embedding.weight",
+            "pre_layrnorm.weight",
+        ),
+    ),
+    (
+        "dino",
+        "transformers",
+        (
+            "embeddings.cls_token",
+            "embeddings.patch_embeddings.projection.weight",
+            "embeddings.position_embeddings",
+            "encoder.layer.0.layer_scale1.lambda1",
+        ),
+    ),
     ("dino", "meta", ("cls_token", "mask_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")),
     ("dino", "meta", ("cls_token", "mask_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.0.norm1.weight")),
     ("dino", "timm", ("patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight")),
 )
-_RULES = {("clip", "transformers"): _CLIP_FROM_TRANSFORMERS, ("dino", "transformers"): _DINO_FROM_TRANSFORMERS,
-          ("dino", "meta"): _DINO_FROM_META}
+_RULES = {
+    ("clip", "transformers"): _CLIP_FROM_TRANSFORMERS,
+    ("dino", "transformers"): _DINO_FROM_TRANSFORMERS,
+    ("dino", "meta"): _DINO_FROM_META,
+}
 # Not part of a tower: transformers' position counter, what only DINO's training uses, a classifier.
 _DROPPED = re.compile(r"(^|\.)position_ids$|(^|\.)mask_token$|^head\.(weight|bias)$")
 
@@ -106,7 +126,7 @@ def identify(header: Header | Mapping[str, Shape]) -> EncoderFile | None:
     """
     shapes = header.shapes if isinstance(header, Header) else header
     for kind, layout, signs in _SIGNS:
-        prefixes = [key[:-len(signs[0])] for key in shapes if key.endswith(signs[0])]
+        prefixes = [key[: -len(signs[0])] for key in shapes if key.endswith(signs[0])]
         prefixes = [p for p in prefixes if p[-1:] in ("", ".") and all(p + sign in shapes for sign in signs)]
         for prefix in sorted(prefixes, key=lambda p: ("teacher" not in p, len(p), p)):
             try:
@@ -145,9 +165,9 @@ def _sources(keys: Iterable[str], kind: str, layout: str, prefix: str) -> dict[s
     rules = _RULES.get((kind, layout), ())
     found: dict[str, list[tuple[str, str]]] = {}
     for key in keys:
-        if not key.startswith(prefix) or _DROPPED.search(key[len(prefix):]):
+        if not key.startswith(prefix) or _DROPPED.search(key[len(prefix) :]):
             continue
-        name = key[len(prefix):]
+        name = key[len(prefix) :]
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         name, _, part = name.partition("|")
@@ -183,13 +203,20 @@ def _convert_shapes(shapes: Mapping[str, Shape], kind: str, layout: str, prefix:
 
 # --- shapes: what a tower's own layout reveals ---
 
+
 def tower_shape(kind: str, shapes: Mapping[str, Shape]) -> TowerShape:
     """Reads the sizes from shapes in the tower's own layout. KeyError, IndexError or ValueError if it is no ViT."""
     if kind == "clip" and "class_embedding" in shapes:
         hidden = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
-        return TowerShape(kind, shapes["class_embedding"][0], _count(shapes, "transformer.resblocks."), hidden,
-                          shapes["conv1.weight"][3], shapes["positional_embedding"][0] - 1,
-                          shapes["proj"][1] if "proj" in shapes else 0)
+        return TowerShape(
+            kind,
+            shapes["class_embedding"][0],
+            _count(shapes, "transformer.resblocks."),
+            hidden,
+            shapes["conv1.weight"][3],
+            shapes["positional_embedding"][0] - 1,
+            shapes["proj"][1] if "proj" in shapes else 0,
+        )
     trunk = "trunk." if kind == "clip" else ""
     width, _, _, patch = shapes[trunk + "patch_embed.proj.weight"][:4]
     registers = shapes[trunk + "reg_token"][1] if trunk + "reg_token" in shapes else 0
@@ -201,12 +228,13 @@ def tower_shape(kind: str, shapes: Mapping[str, Shape]) -> TowerShape:
         hidden, gated = shapes[mlp + "fc2.weight"][1], True
     positions, class_position = _positions(shapes.get(trunk + "pos_embed", (1, 0, width))[1], registers)
     out = width if kind == "dino" else _trunk_out(shapes, width)
-    return TowerShape(kind, width, _count(shapes, trunk + "blocks."), hidden, patch, positions, out, registers, gated,
-                      class_position)
+    return TowerShape(
+        kind, width, _count(shapes, trunk + "blocks."), hidden, patch, positions, out, registers, gated, class_position
+    )
 
 
 def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
-    return len({key[len(prefix):].split(".")[0] for key in shapes if key.startswith(prefix)})
+    return len({key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)})
 
 
 def _positions(number: int, registers: int) -> tuple[int, bool]:
@@ -227,8 +255,17 @@ def _trunk_out(shapes: Mapping[str, Shape], width: int) -> int:
 
 # --- words ---
 
-_SIZES = {(192, 12): "Ti", (384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H", (1408, 40): "g",
-          (1536, 40): "g", (1664, 48): "bigG", (1152, 27): "SO400M"}
+_SIZES = {
+    (192, 12): "Ti",
+    (384, 12): "S",
+    (768, 12): "B",
+    (1024, 24): "L",
+    (1280, 32): "H",
+    (1408, 40): "g",
+    (1536, 40): "g",
+    (1664, 48): "bigG",
+    (1152, 27): "SO400M",
+}
 
 
 def describe(file: EncoderFile | TowerShape) -> str:

@@ -3,6 +3,7 @@
 Nothing is ever downloaded and open_clip and timm are imported on first use only. Towers are built on the meta device
 and take over the file's tensors, so a ViT-H costs the memory of its weights once and no initialisation.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -22,8 +23,19 @@ from .weights import name_of, read_header, read_tensors
 
 _TIMM_VITS = {"vision_transformer", "eva", "beit", "deit"}  # timm's modules whose models are plain ViTs
 # A config comes out of a downloaded file: only sizes may be set by it, never files, addresses or Python objects.
-_TIMM_ARGS = {"embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "init_values", "reg_tokens",
-              "no_embed_class", "qkv_bias", "qk_norm", "pos_embed"}
+_TIMM_ARGS = {
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "patch_size",
+    "init_values",
+    "reg_tokens",
+    "no_embed_class",
+    "qkv_bias",
+    "qk_norm",
+    "pos_embed",
+}
 _BIGGEST_NUMBER = 16384  # in a config; keeps a hostile one from building for hours
 # open_clip's OPENAI_DATASET_MEAN and _STD (open_clip/constants.py)
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -55,9 +67,14 @@ class ClipTower(nn.Module):
         blocks = self.model.trunk.blocks if hasattr(self.model, "trunk") else self.model.transformer.resblocks
         if len(blocks) < 2:
             raise ValueError("This CLIP tower has a single layer, so there is none before the last one.")
-        found = self.model.forward_intermediates(pixels.to(_reference(self.model)), indices=[len(blocks) - 2],
-                                                 stop_early=True, intermediates_only=True, output_fmt="NLC",
-                                                 output_extra_tokens=True)
+        found = self.model.forward_intermediates(
+            pixels.to(_reference(self.model)),
+            indices=[len(blocks) - 2],
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
         tokens = found["image_intermediates"] + found.get("image_intermediates_prefix", [])
         return torch.cat(tokens[::-1], dim=1)  # [CLS] comes second, if there is one
 
@@ -76,7 +93,7 @@ class DinoTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (b, 3, s, s) -> normed patch tokens (b, n, width), without [CLS] and registers."""
         tokens = self.model.forward_features(pixels.to(_reference(self.model)))
-        return tokens[:, self.model.num_prefix_tokens:]
+        return tokens[:, self.model.num_prefix_tokens :]
 
 
 def _reference(model: nn.Module) -> Tensor:
@@ -93,8 +110,9 @@ def build_clip_tower(cfg: ClipConfig, device: str = "cpu") -> ClipTower:
         model_cfg: dict[str, Any] = {"embed_dim": cfg.width}
         vision_cfg = dict(cfg.vision_cfg)
         quick_gelu = bool(vision_cfg.pop("quick_gelu", False))  # open_clip keeps it one level up
-        _check_args(vision_cfg, {f.name for f in dataclasses.fields(CLIPVisionCfg)} - {"timm_model_pretrained"},
-                    "vision_cfg")
+        _check_args(
+            vision_cfg, {f.name for f in dataclasses.fields(CLIPVisionCfg)} - {"timm_model_pretrained"}, "vision_cfg"
+        )
         tags = []
     else:
         _check_known(cfg.model, open_clip.list_models(), "open_clip")
@@ -104,18 +122,24 @@ def build_clip_tower(cfg: ClipConfig, device: str = "cpu") -> ClipTower:
     timm_name = vision_cfg.get("timm_model_name")
     if isinstance(vision_cfg.get("layers"), (list, tuple)) or (timm_name and not _is_timm_vit(timm_name)):
         names = [n for n in open_clip.list_models() if n.startswith("ViT-")]
-        raise ValueError(f"The CLIP model {cfg.model!r} is not a plain vision transformer; FlexIP needs one, "
-                         f"for example {_nearest(cfg.model, names)}.")
+        raise ValueError(
+            f"The CLIP model {cfg.model!r} is not a plain vision transformer; FlexIP needs one, "
+            f"for example {_nearest(cfg.model, names)}."
+        )
     if model_cfg["embed_dim"] != cfg.width:
-        raise ValueError(f"The CLIP model {cfg.model!r} makes embeddings of width {model_cfg['embed_dim']}, but the "
-                         f"FlexIP checkpoint says {cfg.width}.")
+        raise ValueError(
+            f"The CLIP model {cfg.model!r} makes embeddings of width {model_cfg['embed_dim']}, but the "
+            f"FlexIP checkpoint says {cfg.width}."
+        )
     vision_cfg = {**vision_cfg, "timm_model_pretrained": False, "output_tokens": False}
 
     def build() -> nn.Module:
         return _build_vision_tower(model_cfg["embed_dim"], vision_cfg, quick_gelu)
 
-    statistics = {(c.get("mean", _OPENAI_MEAN), c.get("std", _OPENAI_STD))
-                  for c in (open_clip.get_pretrained_cfg(cfg.model, tag) for tag in tags)}
+    statistics = {
+        (c.get("mean", _OPENAI_MEAN), c.get("std", _OPENAI_STD))
+        for c in (open_clip.get_pretrained_cfg(cfg.model, tag) for tag in tags)
+    }
     mean, std = statistics.pop() if len(statistics) == 1 else (_OPENAI_MEAN, _OPENAI_STD)
     return ClipTower(_build(build, device, f"The CLIP model {cfg.model!r}"), mean, std)
 
@@ -126,18 +150,23 @@ def build_dino_tower(cfg: DinoConfig, device: str = "cpu") -> DinoTower:
 
     if not _is_timm_vit(cfg.model):
         _check_known(cfg.model, timm.list_models("*vit*"), "timm")
-        raise ValueError(f"The image encoder {cfg.model!r} is not a plain vision transformer; FlexIP needs one, for "
-                         f"example {_nearest(cfg.model, timm.list_models('vit*dino*'))}.")
+        raise ValueError(
+            f"The image encoder {cfg.model!r} is not a plain vision transformer; FlexIP needs one, for "
+            f"example {_nearest(cfg.model, timm.list_models('vit*dino*'))}."
+        )
     _check_args(cfg.args, _TIMM_ARGS, "args")
 
     def build() -> nn.Module:
-        return timm.create_model(cfg.model, pretrained=False, num_classes=0, global_pool="", img_size=cfg.image_size,
-                                 **cfg.args)
+        return timm.create_model(
+            cfg.model, pretrained=False, num_classes=0, global_pool="", img_size=cfg.image_size, **cfg.args
+        )
 
     model = _build(build, device, f"The image encoder {cfg.model!r}")
     if model.num_features != cfg.width:
-        raise ValueError(f"The image encoder {cfg.model!r} makes tokens of width {model.num_features}, but the FlexIP "
-                         f"checkpoint says {cfg.width}.")
+        raise ValueError(
+            f"The image encoder {cfg.model!r} makes tokens of width {model.num_features}, but the FlexIP "
+            f"checkpoint says {cfg.width}."
+        )
     return DinoTower(model, cfg.image_size)
 
 
@@ -182,8 +211,10 @@ def check_fits(name: str, shapes: Mapping[str, tuple[int, ...]], cfg: ClipConfig
         raise ValueError(f"{name} looks like the right encoder but {what}; {need}.")
     for key, shape in converted.items():
         if shape != wanted.tensors[key] and not (file.shape.kind == "dino" and key == "pos_embed"):
-            raise ValueError(f"{name} looks like the right encoder but its {key} has the shape {shape} instead of "
-                             f"{wanted.tensors[key]}; {need}.")
+            raise ValueError(
+                f"{name} looks like the right encoder but its {key} has the shape {shape} instead of "
+                f"{wanted.tensors[key]}; {need}."
+            )
     return file
 
 
@@ -223,8 +254,9 @@ def fits_shapes(shapes: Mapping[str, tuple[int, ...]], cfg: ClipConfig | DinoCon
     return True
 
 
-def load_tower(cfg: ClipConfig | DinoConfig, source: str | Path | Mapping[str, Tensor],
-               dtype: torch.dtype = torch.float32) -> ClipTower | DinoTower:
+def load_tower(
+    cfg: ClipConfig | DinoConfig, source: str | Path | Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> ClipTower | DinoTower:
     """The tower of `cfg` with the weights of a file (or of a dict of tensors), on the CPU, in eval mode, frozen.
 
     Loading is strict. Where dtype and layout already agree the tensors are shared with `source`. DINO positions are
@@ -239,8 +271,7 @@ def load_tower(cfg: ClipConfig | DinoConfig, source: str | Path | Mapping[str, T
 
     if isinstance(source, (str, Path)):
         source = read_tensors(source, encoder_files.tower_keys(shapes, file))
-    state = {key: t.to(device="cpu", dtype=dtype)
-             for key, t in encoder_files.to_tower_layout(source, file).items()}
+    state = {key: t.to(device="cpu", dtype=dtype) for key, t in encoder_files.to_tower_layout(source, file).items()}
     if isinstance(cfg, DinoConfig):
         state = _timm_filter(tower.model)(state, tower.model)
     if _has_unsaved_buffers(tower.model):  # rotary tables and the like, which no file holds
@@ -248,8 +279,10 @@ def load_tower(cfg: ClipConfig | DinoConfig, source: str | Path | Mapping[str, T
     tower.model.load_state_dict(state, strict=True, assign=True)
     left = [key for key, t in (*tower.named_parameters(), *tower.named_buffers()) if t.is_meta]
     if left:
-        raise RuntimeError(f"{cfg.model} was loaded without a value for {', '.join(left[:3])}; please report this "
-                           "together with your versions of torch, timm and open_clip.")
+        raise RuntimeError(
+            f"{cfg.model} was loaded without a value for {', '.join(left[:3])}; please report this "
+            "together with your versions of torch, timm and open_clip."
+        )
     return tower.eval().requires_grad_(False)
 
 
@@ -278,13 +311,15 @@ def _has_unsaved_buffers(model: nn.Module) -> bool:
 
 def _is_timm_vit(name: str) -> bool:
     from timm.models import is_model, is_model_in_modules
+
     return isinstance(name, str) and is_model(name) and is_model_in_modules(name, _TIMM_VITS)
 
 
 def _check_known(name: str, known: list[str], library: str) -> None:
     if name not in known:
-        raise ValueError(f"{library} knows no image encoder called {name!r}; similar names are "
-                         f"{_nearest(name, known)}.")
+        raise ValueError(
+            f"{library} knows no image encoder called {name!r}; similar names are {_nearest(name, known)}."
+        )
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -296,8 +331,12 @@ def _nearest(name: str, known: list[str]) -> str:
 def _check_args(args: Mapping[str, Any], allowed: set[str], where: str) -> None:
     for key, value in args.items():
         if key not in allowed:
-            raise ValueError(f"The FlexIP checkpoint sets {key!r} in the {where} of an image encoder, which is unknown "
-                             f"or not allowed there; {_nearest(key, sorted(allowed))} are.")
+            raise ValueError(
+                f"The FlexIP checkpoint sets {key!r} in the {where} of an image encoder, which is unknown "
+                f"or not allowed there; {_nearest(key, sorted(allowed))} are."
+            )
         if isinstance(value, (int, float)) and not 0 <= value <= _BIGGEST_NUMBER:
-            raise ValueError(f"The FlexIP checkpoint sets {key!r} of an image encoder to {value}; it must lie between "
-                             f"0 and {_BIGGEST_NUMBER}.")
+            raise ValueError(
+                f"The FlexIP checkpoint sets {key!r} of an image encoder to {value}; it must lie between "
+                f"0 and {_BIGGEST_NUMBER}."
+            )

@@ -2,6 +2,7 @@
 
 gate = 1 is all preservation, 0 all personalization. Both gate modes only rescale K and V that are already projected.
 """
+
 from __future__ import annotations
 
 import torch
@@ -17,7 +18,9 @@ def gate_weights(gate: Scale, strength: float) -> tuple[Scale, Scale]:
     return strength * gate, strength * (1 - gate)
 
 
-def gated_branches(mode: str, gate: Scale, strength: float, preservation: Branch | None, personalization: Branch | None) -> tuple[Branch, ...]:
+def gated_branches(
+    mode: str, gate: Scale, strength: float, preservation: Branch | None, personalization: Branch | None
+) -> tuple[Branch, ...]:
     """Fold gate and strength into the adapters' K and V.
 
     `outputs`: strength * [gate * Attn(q, Kp, Vp) + (1 - gate) * Attn(q, Ks, Vs)], the factors folded into V.
@@ -26,8 +29,18 @@ def gated_branches(mode: str, gate: Scale, strength: float, preservation: Branch
     """
     if mode == "outputs":
         weights = gate_weights(gate, strength)
-        return tuple((k, scale(v, w), mask) for w, branch in zip(weights, (preservation, personalization)) if branch for k, v, mask in [branch])
-    scaled = [(scale(k, g), scale(v, g * strength), mask) for g, branch in ((gate, preservation), (1 - gate, personalization)) if branch for k, v, mask in [branch]]
+        return tuple(
+            (k, scale(v, w), mask)
+            for w, branch in zip(weights, (preservation, personalization))
+            if branch
+            for k, v, mask in [branch]
+        )
+    scaled = [
+        (scale(k, g), scale(v, g * strength), mask)
+        for g, branch in ((gate, preservation), (1 - gate, personalization))
+        if branch
+        for k, v, mask in [branch]
+    ]
     keys, values, masks = zip(*scaled)
     return ((torch.cat(keys, dim=1), torch.cat(values, dim=1), join_masks(masks, keys)),)
 
@@ -41,7 +54,10 @@ def join_masks(masks: tuple, keys: tuple) -> torch.Tensor | None:
     """One mask over the joined tokens; None where every token exists."""
     if all(mask is None for mask in masks):
         return None
-    full = [torch.ones(k.shape[0], 1, 1, k.shape[1], dtype=torch.bool, device=k.device) if m is None else m for m, k in zip(masks, keys)]
+    full = [
+        torch.ones(k.shape[0], 1, 1, k.shape[1], dtype=torch.bool, device=k.device) if m is None else m
+        for m, k in zip(masks, keys)
+    ]
     return torch.cat(full, dim=3)
 
 
@@ -51,7 +67,12 @@ def stack_rows(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> Branch:
     if all(k.shape[1] == longest for k, _ in parts):
         return torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts]), None
     pad = [(0, 0, 0, longest - k.shape[1]) for k, _ in parts]
-    mask = torch.cat([(torch.arange(longest, device=k.device) < k.shape[1]).view(1, 1, 1, -1).expand(k.shape[0], -1, -1, -1) for k, _ in parts])
+    mask = torch.cat(
+        [
+            (torch.arange(longest, device=k.device) < k.shape[1]).view(1, 1, 1, -1).expand(k.shape[0], -1, -1, -1)
+            for k, _ in parts
+        ]
+    )
     keys = torch.cat([torch.nn.functional.pad(k, p) for (k, _), p in zip(parts, pad)])
     values = torch.cat([torch.nn.functional.pad(v, p) for (_, v), p in zip(parts, pad)])
     return keys, values, mask

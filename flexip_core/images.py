@@ -7,6 +7,7 @@ What is decided here:
   also the subject mask, unless a mask is wired.
 - A wired mask only steers the crop "subject". It never changes pixels; "center", "pad" and "squash" do not look at it.
 """
+
 from __future__ import annotations
 
 import math
@@ -71,14 +72,18 @@ def _check_image(image: Tensor) -> Tensor:
     if not isinstance(image, Tensor) or not image.is_floating_point():
         raise ValueError("The reference is not a ComfyUI image (decimal numbers from 0 to 1); connect an image.")
     if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
-        raise ValueError(f"The reference has the shape {tuple(image.shape)} instead of height x width x 1, 3 or 4 "
-                         "channels; connect an image.")
+        raise ValueError(
+            f"The reference has the shape {tuple(image.shape)} instead of height x width x 1, 3 or 4 "
+            "channels; connect an image."
+        )
     if image.numel() == 0:
         raise ValueError(f"The reference is empty ({image.shape[1]} x {image.shape[0]} pixels); connect an image.")
     image = image.detach().to("cpu", torch.float32)
     if not image.isfinite().all():
-        raise ValueError("The reference contains values that are not numbers (NaN or infinite); the node that made it "
-                         "failed, so use another picture.")
+        raise ValueError(
+            "The reference contains values that are not numbers (NaN or infinite); the node that made it "
+            "failed, so use another picture."
+        )
     return image
 
 
@@ -109,12 +114,12 @@ def _center(picture: Tensor, size: int) -> Tensor:
     longest = _LONGEST_STRIP * short
     longest += (max(height, width) - longest) % 2  # so that the middle stays the middle
     top, left = max(0, (height - longest) // 2), max(0, (width - longest) // 2)
-    picture = picture[:, :, top:top + longest, left:left + longest]
+    picture = picture[:, :, top : top + longest, left : left + longest]
     height, width = picture.shape[2:]
     scale = size / short
     picture = _resize(picture, round(scale * height), round(scale * width))
     top, left = (picture.shape[2] - size) // 2, (picture.shape[3] - size) // 2
-    return picture[:, :, top:top + size, left:left + size]
+    return picture[:, :, top : top + size, left : left + size]
 
 
 def _square(picture: Tensor, top: int, left: int, side: int, size: int) -> Tensor:
@@ -122,7 +127,7 @@ def _square(picture: Tensor, top: int, left: int, side: int, size: int) -> Tenso
 
     Scaled before it is padded: the square around a long strip would not fit into memory.
     """
-    inside = picture[:, :, max(top, 0):top + side, max(left, 0):left + side]
+    inside = picture[:, :, max(top, 0) : top + side, max(left, 0) : left + side]
     scale = size / side
     height, width = (max(1, round(scale * length)) for length in inside.shape[2:])
     above, before = min(round(scale * max(-top, 0)), size - height), min(round(scale * max(-left, 0)), size - width)
@@ -133,12 +138,16 @@ def _square(picture: Tensor, top: int, left: int, side: int, size: int) -> Tenso
 def _subject_box(subject: Tensor | None, height: int, width: int) -> tuple[int, int, int]:
     """Top, left and side, in pixels of the picture, of the square around the subject. May reach over the edges."""
     if subject is None:
-        raise ValueError("The crop \"subject\" needs to know where the subject is; connect a mask (white = subject), "
-                         "use a picture with transparency, or choose another crop.")
+        raise ValueError(
+            'The crop "subject" needs to know where the subject is; connect a mask (white = subject), '
+            "use a picture with transparency, or choose another crop."
+        )
     peak = subject.max().item()
     if peak <= _EMPTY:
-        raise ValueError("The mask is empty (black everywhere), so there is no subject to crop to; paint the subject "
-                         "white, invert the mask, or choose another crop.")
+        raise ValueError(
+            "The mask is empty (black everywhere), so there is no subject to crop to; paint the subject "
+            "white, invert the mask, or choose another crop."
+        )
     inside = subject >= peak / 2  # relative, so that a faint mask works, too
     rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
     top, bottom = (v * height / subject.shape[0] for v in (rows[0].item(), rows[-1].item() + 1))

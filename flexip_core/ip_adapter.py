@@ -4,6 +4,7 @@ Layouts are those of tencent-ailab/IP-Adapter (ip_adapter/ip_adapter.py and resa
 `image_proj.*` makes the tokens, `ip_adapter.<1, 3, 5, ...>.to_k_ip.weight` and `to_v_ip.weight` project them per
 cross-attention, counted through the input blocks, the output blocks, then the middle block.
 """
+
 from __future__ import annotations
 
 import os
@@ -38,10 +39,34 @@ class Family:
 # Source of the layouts: diffusers, loaders/unet.py, _convert_ip_adapter_image_proj_to_diffusers; the files: h94/IP-Adapter,
 # ostris/ip-composition-adapter.
 FAMILIES = (
-    Family("plain", ("ip-adapter_sd15", "ip-adapter_sd15_light", "ip-adapter_sd15_light_v11", "ip-adapter_sd15_vit-G", "ip-adapter_sdxl", "ip-adapter_sdxl_vit-h"),
-           "proj.weight", "embedding", "zeros"),
-    Family("plus", ("ip-adapter-plus_sd15", "ip-adapter-plus-face_sd15", "ip_plus_composition_sd15", "ip-adapter-plus_sdxl_vit-h",
-                    "ip-adapter-plus-face_sdxl_vit-h", "ip_plus_composition_sdxl"), "latents", "penultimate", "zero pixels"),
+    Family(
+        "plain",
+        (
+            "ip-adapter_sd15",
+            "ip-adapter_sd15_light",
+            "ip-adapter_sd15_light_v11",
+            "ip-adapter_sd15_vit-G",
+            "ip-adapter_sdxl",
+            "ip-adapter_sdxl_vit-h",
+        ),
+        "proj.weight",
+        "embedding",
+        "zeros",
+    ),
+    Family(
+        "plus",
+        (
+            "ip-adapter-plus_sd15",
+            "ip-adapter-plus-face_sd15",
+            "ip_plus_composition_sd15",
+            "ip-adapter-plus_sdxl_vit-h",
+            "ip-adapter-plus-face_sdxl_vit-h",
+            "ip_plus_composition_sdxl",
+        ),
+        "latents",
+        "penultimate",
+        "zero pixels",
+    ),
     Family("full face", ("ip-adapter-full-face_sd15",), "proj.3.weight", "penultimate", "zero pixels"),
 )
 # CLIP image towers by (token width, embedding width), and the one that a file means when it shows only one of the two.
@@ -49,17 +74,38 @@ TOWERS = {(1280, 1024): "ViT-H-14", (1664, 1280): "ViT-bigG-14", (1024, 768): "V
 
 
 def _blocks(*runs: tuple[str, tuple[int, ...], int, int]) -> dict[str, int]:
-    return {f"{kind}.{number}.{index}": width for kind, numbers, layers, width in runs for number in numbers for index in range(layers)}
+    return {
+        f"{kind}.{number}.{index}": width
+        for kind, numbers, layers, width in runs
+        for number in numbers
+        for index in range(layers)
+    }
 
 
 # Cross-attentions in the order of IP-Adapter's numbers, with their widths.
 BASES = {
-    "SD1.5": (768, _blocks(
-        ("input", (1, 2), 1, 320), ("input", (4, 5), 1, 640), ("input", (7, 8), 1, 1280),
-        ("output", (3, 4, 5), 1, 1280), ("output", (6, 7, 8), 1, 640), ("output", (9, 10, 11), 1, 320), ("middle", (0,), 1, 1280))),
-    "SDXL": (2048, _blocks(
-        ("input", (4, 5), 2, 640), ("input", (7, 8), 10, 1280),
-        ("output", (0, 1, 2), 10, 1280), ("output", (3, 4, 5), 2, 640), ("middle", (0,), 10, 1280))),
+    "SD1.5": (
+        768,
+        _blocks(
+            ("input", (1, 2), 1, 320),
+            ("input", (4, 5), 1, 640),
+            ("input", (7, 8), 1, 1280),
+            ("output", (3, 4, 5), 1, 1280),
+            ("output", (6, 7, 8), 1, 640),
+            ("output", (9, 10, 11), 1, 320),
+            ("middle", (0,), 1, 1280),
+        ),
+    ),
+    "SDXL": (
+        2048,
+        _blocks(
+            ("input", (4, 5), 2, 640),
+            ("input", (7, 8), 10, 1280),
+            ("output", (0, 1, 2), 10, 1280),
+            ("output", (3, 4, 5), 2, 640),
+            ("middle", (0,), 10, 1280),
+        ),
+    ),
 }
 
 
@@ -89,7 +135,9 @@ def recognise(shapes: Shapes) -> IPAdapterFile | None:
     except KeyError as error:
         raise ValueError(f"looks like an IP-Adapter, but has no tensor {error.args[0]}; download it again") from None
     except IndexError:
-        raise ValueError("looks like an IP-Adapter, but its tensors have too few dimensions; download it again") from None
+        raise ValueError(
+            "looks like an IP-Adapter, but its tensors have too few dimensions; download it again"
+        ) from None
 
 
 def _recognise(shapes: Shapes) -> IPAdapterFile | None:
@@ -100,40 +148,56 @@ def _recognise(shapes: Shapes) -> IPAdapterFile | None:
     if not pairs:
         return None
     if family is None:
-        raise Unsupported("is an IP-Adapter whose image projection FlexIP does not know; FlexIP runs plain, plus and full face ones")
+        raise Unsupported(
+            "is an IP-Adapter whose image projection FlexIP does not know; FlexIP runs plain, plus and full face ones"
+        )
     widths = [shapes[k][0] for k, _ in pairs]
     text_width = shapes[pairs[0][0]][1]
     for base, (base_text, blocks) in BASES.items():
         if widths == list(blocks.values()) and text_width == base_text:
             width = _feature_width(family, shapes)
             return IPAdapterFile(family, base, text_width, blocks, _tower(family, width), width)
-    raise Unsupported(f"is an IP-Adapter ({family.name}) with {len(pairs)} cross-attentions and text {text_width} wide; FlexIP runs those for "
-                      "SD1.5 (16, 768) and SDXL (70, 2048)")
+    raise Unsupported(
+        f"is an IP-Adapter ({family.name}) with {len(pairs)} cross-attentions and text {text_width} wide; FlexIP runs those for "
+        "SD1.5 (16, 768) and SDXL (70, 2048)"
+    )
 
 
 def _foreign(shapes: Shapes) -> str | None:
     """What a file is that looks like an IP-Adapter but needs another pack. The face embedding of insightface is 512 wide."""
     if shapes.get("image_proj.proj_in.weight", (0, 0))[1] == 512:
         return "is an InstantID adapter: it reads a face recognition embedding; ComfyUI_InstantID runs it"
-    if any("_lora." in key for key in shapes if key.startswith("ip_adapter.")) or "image_proj.perceiver_resampler.proj_in.weight" in shapes \
-            or shapes.get("image_proj.proj.0.weight", (0, 0))[1] == 512:
+    if (
+        any("_lora." in key for key in shapes if key.startswith("ip_adapter."))
+        or "image_proj.perceiver_resampler.proj_in.weight" in shapes
+        or shapes.get("image_proj.proj.0.weight", (0, 0))[1] == 512
+    ):
         return "is a FaceID adapter: it reads a face recognition embedding, which only packs with insightface make; ComfyUI_IPAdapter_plus runs it"
     if shapes.get("image_proj.latents", (0, 0, 0))[2] == 2048:
         return "is an IP-Adapter for Kolors; ComfyUI_IPAdapter_plus runs it"
-    if any("double_blocks." in key or key.startswith("ip_adapter_proj_model.") for key in shapes) \
-            or any(key.endswith("to_k_ip.weight") and shape[0] == 3072 for key, shape in shapes.items()):
+    if any("double_blocks." in key or key.startswith("ip_adapter_proj_model.") for key in shapes) or any(
+        key.endswith("to_k_ip.weight") and shape[0] == 3072 for key, shape in shapes.items()
+    ):
         return "is an IP-Adapter for Flux; x-flux-comfyui (XLabs) or ComfyUI-IPAdapter-Flux (InstantX) runs it"
     return None
 
 
 def _projections(shapes: Shapes) -> list[tuple[str, str]]:
     """Keys of to_k and to_v in the order of their numbers."""
-    numbers = sorted(int(match[1]) for key in shapes if (match := re.fullmatch(r"ip_adapter\.(\d+)\.to_k_ip\.weight", key)))
+    numbers = sorted(
+        int(match[1]) for key in shapes if (match := re.fullmatch(r"ip_adapter\.(\d+)\.to_k_ip\.weight", key))
+    )
     return [(f"ip_adapter.{n}.to_k_ip.weight", f"ip_adapter.{n}.to_v_ip.weight") for n in numbers]
 
 
 def _feature_width(family: Family, shapes: Shapes) -> int:
-    return shapes[{"plain": "image_proj.proj.weight", "plus": "image_proj.proj_in.weight", "full face": "image_proj.proj.0.weight"}[family.name]][1]
+    return shapes[
+        {
+            "plain": "image_proj.proj.weight",
+            "plus": "image_proj.proj_in.weight",
+            "full face": "image_proj.proj.0.weight",
+        }[family.name]
+    ][1]
 
 
 def _tower(family: Family, width: int) -> ClipConfig:
@@ -141,7 +205,9 @@ def _tower(family: Family, width: int) -> ClipConfig:
         if width == (embedding if family.kind == "embedding" else tokens):
             return ClipConfig(model, embedding)
     known = ", ".join(f"{model} ({tokens}, embedding {embedding})" for (tokens, embedding), model in TOWERS.items())
-    raise Unsupported(f"is an IP-Adapter ({family.name}) for a CLIP {family.kind} {width} wide, and FlexIP knows no such CLIP; known are {known}")
+    raise Unsupported(
+        f"is an IP-Adapter ({family.name}) for a CLIP {family.kind} {width} wide, and FlexIP knows no such CLIP; known are {known}"
+    )
 
 
 class PlainProjection(nn.Module):
@@ -187,10 +253,14 @@ class FullProjection(nn.Module):
 
 _PLUS_NAMES = (
     (r"^latents$", "latents"),
-    (r"^proj_in\.", "resampler.context_in."), (r"^proj_out\.", "resampler.out."), (r"^norm_out\.", "resampler.norm_out."),
-    (r"^layers\.(\d+)\.0\.norm1\.", r"resampler.layers.\1.norm_context."), (r"^layers\.(\d+)\.0\.norm2\.", r"resampler.layers.\1.norm_latents."),
+    (r"^proj_in\.", "resampler.context_in."),
+    (r"^proj_out\.", "resampler.out."),
+    (r"^norm_out\.", "resampler.norm_out."),
+    (r"^layers\.(\d+)\.0\.norm1\.", r"resampler.layers.\1.norm_context."),
+    (r"^layers\.(\d+)\.0\.norm2\.", r"resampler.layers.\1.norm_latents."),
     (r"^layers\.(\d+)\.0\.(to_q|to_kv|to_out)\.", r"resampler.layers.\1.\2."),
-    (r"^layers\.(\d+)\.1\.0\.", r"resampler.layers.\1.norm_ff."), (r"^layers\.(\d+)\.1\.1\.", r"resampler.layers.\1.ff_in."),
+    (r"^layers\.(\d+)\.1\.0\.", r"resampler.layers.\1.norm_ff."),
+    (r"^layers\.(\d+)\.1\.1\.", r"resampler.layers.\1.ff_in."),
     (r"^layers\.(\d+)\.1\.3\.", r"resampler.layers.\1.ff_out."),
 )
 _FULL_NAMES = ((r"^proj\.0\.", "proj_in."), (r"^proj\.2\.", "proj_out."), (r"^proj\.3\.", "norm."))
@@ -200,10 +270,14 @@ DIM_HEAD = 64  # of the plus family's resampler, in all public files; not visibl
 class SingleAdapter(nn.Module):
     """One IP-Adapter file: image projection, and to_k, to_v per block."""
 
-    def __init__(self, file: IPAdapterFile, tensors: Mapping[str, torch.Tensor], operations: Any = nn, name: str = "a file"):
+    def __init__(
+        self, file: IPAdapterFile, tensors: Mapping[str, torch.Tensor], operations: Any = nn, name: str = "a file"
+    ):
         super().__init__()
         self.file, self.name = file, name
-        proj = {key.removeprefix("image_proj."): value for key, value in tensors.items() if key.startswith("image_proj.")}
+        proj = {
+            key.removeprefix("image_proj."): value for key, value in tensors.items() if key.startswith("image_proj.")
+        }
         with torch.device("meta"):
             self.image_proj = _image_projection(file, proj, operations)
             self.kv = nn.ModuleList(KVProjection(file.text_width, width, operations) for width in file.blocks.values())
@@ -220,7 +294,13 @@ def _image_projection(file: IPAdapterFile, proj: Mapping[str, torch.Tensor], ope
         return FullProjection(file.width, out, operations)
     depth = len({key.split(".")[1] for key in proj if key.startswith("layers.")})
     width = proj["latents"].shape[2]
-    cfg = ResamplerConfig(width, depth, proj["layers.0.0.to_q.weight"].shape[0] // DIM_HEAD, DIM_HEAD, proj["layers.0.1.1.weight"].shape[0] // width)
+    cfg = ResamplerConfig(
+        width,
+        depth,
+        proj["layers.0.0.to_q.weight"].shape[0] // DIM_HEAD,
+        DIM_HEAD,
+        proj["layers.0.1.1.weight"].shape[0] // width,
+    )
     return PlusProjection(cfg, file.width, out, proj["latents"].shape[1], operations)
 
 
@@ -239,7 +319,9 @@ def _renamed(family: Family, proj: Mapping[str, torch.Tensor]) -> dict[str, torc
     return out
 
 
-def load_pair(preservation: str | os.PathLike, personalization: str | os.PathLike | None, operations: Any = nn) -> IPAdapterPair:
+def load_pair(
+    preservation: str | os.PathLike, personalization: str | os.PathLike | None, operations: Any = nn
+) -> IPAdapterPair:
     """One or two IP-Adapter files (safetensors, or pickles read with weights_only); ValueError in one sentence for anything else."""
     parts = [path and _load_single(path, operations) for path in (preservation, personalization)]
     pair = IPAdapterPair(*parts)
@@ -254,15 +336,21 @@ def _load_single(path: str | os.PathLike, operations: Any) -> SingleAdapter:
     except ValueError as error:
         raise ValueError(f"{name} {error}.") from None
     if file is None:
-        raise ValueError(f"{name} is neither a FlexIP checkpoint nor an IP-Adapter ({len(header.shapes)} tensors, {', '.join(list(header.shapes)[:3])} ...). "
-                         "Choose a file that is one of them.")
+        raise ValueError(
+            f"{name} is neither a FlexIP checkpoint nor an IP-Adapter ({len(header.shapes)} tensors, {', '.join(list(header.shapes)[:3])} ...). "
+            "Choose a file that is one of them."
+        )
     try:
         return SingleAdapter(file, read_tensors(path), operations, name)
     except KeyError as error:
-        raise ValueError(f"{name} looks like an {file.describe()}, but has no tensor {error.args[0]}. Download it again.") from None
+        raise ValueError(
+            f"{name} looks like an {file.describe()}, but has no tensor {error.args[0]}. Download it again."
+        ) from None
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
-        raise ValueError(f"{name} looks like an {file.describe()}, but its tensors do not fit together ({reason}). Download it again.") from None
+        raise ValueError(
+            f"{name} looks like an {file.describe()}, but its tensors do not fit together ({reason}). Download it again."
+        ) from None
 
 
 class IPAdapterPair(nn.Module):
@@ -272,7 +360,9 @@ class IPAdapterPair(nn.Module):
 
     def __init__(self, preservation: SingleAdapter | None, personalization: SingleAdapter | None):
         super().__init__()
-        self.parts = nn.ModuleDict({name: part for name, part in zip(ADAPTERS, (preservation, personalization)) if part is not None})
+        self.parts = nn.ModuleDict(
+            {name: part for name, part in zip(ADAPTERS, (preservation, personalization)) if part is not None}
+        )
         file = next(iter(self.parts.values())).file
         self.base, self.text_width, self.block_widths = file.base, file.text_width, file.blocks
         if any(part.file.base != file.base for part in self.parts.values()):
@@ -292,14 +382,22 @@ class IPAdapterPair(nn.Module):
         return False
 
     def needs(self) -> tuple[FeatureNeed, ...]:
-        return tuple(FeatureNeed(name, part.file.clip, part.file.family.kind, part.file.width, part.file.family.null) for name, part in self.parts.items())
+        return tuple(
+            FeatureNeed(name, part.file.clip, part.file.family.kind, part.file.width, part.file.family.null)
+            for name, part in self.parts.items()
+        )
 
-    def tokens(self, adapter: str, features: Mapping[str, torch.Tensor], text: torch.Tensor | None = None) -> torch.Tensor:
+    def tokens(
+        self, adapter: str, features: Mapping[str, torch.Tensor], text: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(1, r * tokens, w): the references side by side."""
         return self.parts[adapter].image_proj(features[adapter]).flatten(0, 1).unsqueeze(0)
 
     def project(self, adapter: str, tokens: torch.Tensor) -> BlockKV:
-        return {address: (kv.to_k(tokens), kv.to_v(tokens)) for address, kv in zip(self.block_widths, self.parts[adapter].kv)}
+        return {
+            address: (kv.to_k(tokens), kv.to_v(tokens))
+            for address, kv in zip(self.block_widths, self.parts[adapter].kv)
+        }
 
     def projection(self, address: str, adapter: str) -> KVProjection:
         return self.parts[adapter].kv[list(self.block_widths).index(address)]

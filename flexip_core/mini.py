@@ -3,6 +3,7 @@
 They have the architecture of the real ones and random weights. They are UNTRAINED: what they draw is coloured noise,
 and only shows that everything runs and that the gate acts.
 """
+
 from __future__ import annotations
 
 import contextlib

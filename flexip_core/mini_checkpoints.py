@@ -6,6 +6,7 @@ layers and widths are fixed; a missing one would stay uninitialised memory. So e
 shared pools: torch.save stores each pool once, torch.load(weights_only=True) restores the views, and the file stays
 small whatever the widths. (Safetensors writes views out in full, hence the .ckpt.)
 """
+
 from __future__ import annotations
 
 import io
@@ -64,8 +65,11 @@ LAYOUTS = {
 
 def block_widths(layout: str) -> dict[str, int]:
     """ComfyUI's address of every cross-attention ("input.3.0": kind, block number, transformer index) and its width."""
-    return {f"{block.kind}.{block.number}.{index}": block.width
-            for block in _blocks(_layout(layout)) for index in range(block.depth)}
+    return {
+        f"{block.kind}.{block.number}.{index}": block.width
+        for block in _blocks(_layout(layout))
+        for index in range(block.depth)
+    }
 
 
 def make_base(path: str | Path, layout: str = "sd15_min", seed: int = 0) -> None:
@@ -119,7 +123,7 @@ class Weights:
         room = POOL_SIZE - ((shape[0] - 1) * step + row)
         if room < 0:
             raise ValueError(f"{name} with shape {shape} does not fit a pool of {POOL_SIZE} values.")
-        inner = [math.prod(shape[i + 1:]) for i in range(1, len(shape))]
+        inner = [math.prod(shape[i + 1 :]) for i in range(1, len(shape))]
         offset = len(self.tensors) * 7919 % (room + 1)  # a prime, so that tensors of one shape start apart
         self.tensors[name] = torch.as_strided(self._normal_pool(std), shape, [step, *inner], offset)
 
@@ -259,10 +263,10 @@ def _clip_g(weights: Weights, root: str, width: int = 1280, layers: int = 32) ->
     """The OpenCLIP bigG text encoder under open_clip's names, as SDXL files have it."""
     weights.normal(f"{root}token_embedding.weight", (49408, width), 0.02)
     weights.normal(f"{root}positional_embedding", (77, width), 0.01)
-    weights.normal(f"{root}text_projection", (width, width), width ** -0.5)
+    weights.normal(f"{root}text_projection", (width, width), width**-0.5)
     for index in range(layers):
         layer = f"{root}transformer.resblocks.{index}"
-        weights.normal(f"{layer}.attn.in_proj_weight", (3 * width, width), width ** -0.5)
+        weights.normal(f"{layer}.attn.in_proj_weight", (3 * width, width), width**-0.5)
         weights.constant(f"{layer}.attn.in_proj_bias", 3 * width, 0.0)
         weights.linear(f"{layer}.attn.out_proj", width, width, gain=0.3)
         weights.linear(f"{layer}.mlp.c_fc", width, 4 * width)

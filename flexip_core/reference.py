@@ -1,4 +1,5 @@
 """What EncodeReference hands on: the features of the reference pictures, and of the null reference beside them."""
+
 from __future__ import annotations
 
 from collections import OrderedDict

@@ -3,6 +3,7 @@
 Keys and values see context and latents together, as in the Perceiver resampler of Flamingo; with the context alone, a
 context of one token would make the softmax constant.
 """
+
 from __future__ import annotations
 
 from typing import Any

@@ -3,12 +3,13 @@
 Independent of ComfyUI: nodes/runtime.py feeds it from ComfyUI's wrappers. Every row of a UNet call says which conditioning it
 belongs to and which latent it is; nothing is concluded from its place in the batch.
 """
+
 from __future__ import annotations
 
 import hashlib
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from .adapters import BlockKV
 from .attention import Branch
 from .gate import gated_branches, stack_rows
 from .reference import Reference
-
 
 Rows = tuple[tuple[int, int], ...]
 """Per row of a UNet call: the index of its conditioning in `Run.entries`, and its row in the latent batch."""
@@ -77,12 +77,18 @@ class LinkRun:
     def token_counts(self) -> str:
         """Tokens per adapter as projected, of the entry with the most of them."""
         first = next(iter(self.link.network.block_widths))
-        return " + ".join(str(max(kv[name][first][0].shape[1] for kv in self.kv)) for name in self.link.network.adapters)
+        return " + ".join(
+            str(max(kv[name][first][0].shape[1] for kv in self.kv)) for name in self.link.network.adapters
+        )
 
     def missing(self, entries: list[Entry], dtype: torch.dtype) -> bool:
         """True when projecting `entries` would need the network's weights."""
         link = self.link
-        return any(link.reference.cache.get(link.network, self._key(name, e, dtype)) is None for e in entries for name in link.network.adapters)
+        return any(
+            link.reference.cache.get(link.network, self._key(name, e, dtype)) is None
+            for e in entries
+            for name in link.network.adapters
+        )
 
     def project(self, entries: list[Entry], dtype: torch.dtype, device: torch.device) -> None:
         """Add K and V for `entries`, from the reference's cache or computed on `device` in float32."""
@@ -103,7 +109,9 @@ class LinkRun:
     def _key(self, adapter: str, entry: Entry, dtype: torch.dtype) -> tuple:
         return adapter, entry.null, dtype, text_key(entry.text) if self.link.network.reads_text(adapter) else None
 
-    def branches(self, rows: Rows, device: torch.device, dtype: torch.dtype) -> dict[tuple[int, str], tuple[Branch, ...]]:
+    def branches(
+        self, rows: Rows, device: torch.device, dtype: torch.dtype
+    ) -> dict[tuple[int, str], tuple[Branch, ...]]:
         """{(position, address): branches} for the rows of one UNet call; the last few layouts are kept on the device."""
         key = (rows, device, dtype)
         if key not in self._assembled:
@@ -112,23 +120,34 @@ class LinkRun:
             self._assembled[key] = self._assemble(rows, device, dtype)
         return self._assembled[key]
 
-    def _assemble(self, rows: Rows, device: torch.device, dtype: torch.dtype) -> dict[tuple[int, str], tuple[Branch, ...]]:
+    def _assemble(
+        self, rows: Rows, device: torch.device, dtype: torch.dtype
+    ) -> dict[tuple[int, str], tuple[Branch, ...]]:
         network, gates = self.link.network, self.link.gates
         gate: Any = gates[0]
         if len(gates) > 1:
             gate = torch.tensor([gates[row] for _, row in rows], device=device).view(-1, 1, 1)
         # neighbouring rows of one conditioning go together
-        groups = [(entry, [row for _, row in group]) for entry, group in itertools.groupby(rows, key=lambda pair: pair[0])]
+        groups = [
+            (entry, [row for _, row in group]) for entry, group in itertools.groupby(rows, key=lambda pair: pair[0])
+        ]
         out = {}
         for address in network.block_widths:
-            stacked = {name: stack_rows([_for_rows(self.kv[entry][name][address], numbers, device, dtype) for entry, numbers in groups])
-                       for name in network.adapters}
+            stacked = {
+                name: stack_rows(
+                    [_for_rows(self.kv[entry][name][address], numbers, device, dtype) for entry, numbers in groups]
+                )
+                for name in network.adapters
+            }
             out[self.position, address] = gated_branches(
-                network.gate_mode, gate, self.link.strength, stacked.get("preservation"), stacked.get("personalization"))
+                network.gate_mode, gate, self.link.strength, stacked.get("preservation"), stacked.get("personalization")
+            )
         return out
 
 
-def _for_rows(kv: tuple[torch.Tensor, torch.Tensor], rows: list[int], device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _for_rows(
+    kv: tuple[torch.Tensor, torch.Tensor], rows: list[int], device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """K, V (texts, n, c) of one conditioning for these rows of the latent batch, (len(rows), n, c)."""
     k, v = (t.to(device, dtype) for t in kv)
     if k.shape[0] == 1:
@@ -176,7 +195,9 @@ class Run:
             run.counters.untagged += 1
         return tuple(rows)
 
-    def assemble(self, rows: Rows, device: torch.device, dtype: torch.dtype, sigma: float | None) -> tuple[dict[tuple[int, str], tuple[Branch, ...]], str]:
+    def assemble(
+        self, rows: Rows, device: torch.device, dtype: torch.dtype, sigma: float | None
+    ) -> tuple[dict[tuple[int, str], tuple[Branch, ...]], str]:
         """Tensors for the patches and the name of their structure, or ({}, "") where no link is active."""
         tensors: dict[tuple[int, str], tuple[Branch, ...]] = {}
         names = []

@@ -1,4 +1,5 @@
 """Finds the text cross-attentions of a UNet in ComfyUI's layout (input_blocks, middle_block, output_blocks)."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -40,4 +41,6 @@ def block_widths(diffusion_model: nn.Module) -> tuple[dict[str, int], int | None
 
 def text_projections(diffusion_model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The UNet's own text to_k and to_v weights per block address, to start an adapter from."""
-    return {address: (attn.to_k.weight, attn.to_v.weight) for address, attn in cross_attentions(diffusion_model).items()}
+    return {
+        address: (attn.to_k.weight, attn.to_v.weight) for address, attn in cross_attentions(diffusion_model).items()
+    }

@@ -4,6 +4,7 @@ The format is recognised by content, never by extension. Pickles are only read w
 code in a file ever runs. Nothing is allocated beyond what the file really holds. Every failure is a ValueError of one
 sentence that names the file and says what to do.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -24,10 +25,21 @@ import torch
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
     "C64": torch.complex64,
 }
 _DEEPEST_NESTING = 8  # of dicts in a pickle; also ends dicts that contain themselves
@@ -54,8 +66,9 @@ def read_header(path: str | Path) -> Header:
     if _is_safetensors(path):
         return _safetensors_header(path)
     tensors = _unpickle(path)
-    return Header(path, {k: tuple(t.shape) for k, t in tensors.items()},
-                  {k: _dtype_name(t.dtype) for k, t in tensors.items()})
+    return Header(
+        path, {k: tuple(t.shape) for k, t in tensors.items()}, {k: _dtype_name(t.dtype) for k, t in tensors.items()}
+    )
 
 
 def read_tensors(path: str | Path, keys: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
@@ -69,6 +82,7 @@ def read_tensors(path: str | Path, keys: Iterable[str] | None = None) -> dict[st
     if _is_safetensors(path):
         wanted = _check_keys(path, _safetensors_header(path).shapes, keys)
         from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:
                 return {key: file.get_tensor(key) for key in wanted}
@@ -104,8 +118,11 @@ def _check_keys(path: Path, present: Iterable[str], keys: Iterable[str] | None) 
     keys = list(keys)
     missing = sorted(set(keys) - set(present))
     if missing:
-        raise _bad(path, f"has no tensor {missing[0]!r} ({len(missing)} of {len(keys)} wanted tensors are missing); "
-                         "choose another file")
+        raise _bad(
+            path,
+            f"has no tensor {missing[0]!r} ({len(missing)} of {len(keys)} wanted tensors are missing); "
+            "choose another file",
+        )
     return keys
 
 
@@ -125,17 +142,26 @@ def _is_safetensors(path: Path) -> bool:
     if size == 0:
         raise _bad(path, f"is empty (0 bytes), a weight file is needed; {_AGAIN}")
     if text.startswith(b"version https://git-lfs"):
-        raise _bad(path, f"is a Git-LFS pointer of {size} bytes, not the weights themselves; download the real file "
-                         "(git lfs pull, or the download button of the model page)")
+        raise _bad(
+            path,
+            f"is a Git-LFS pointer of {size} bytes, not the weights themselves; download the real file "
+            "(git lfs pull, or the download button of the model page)",
+        )
     if text.startswith((b"<!doctype", b"<html")):
-        raise _bad(path, "is a web page, not weights (the download saved a page instead of the file); "
-                         "download it again by the file's direct link")
+        raise _bad(
+            path,
+            "is a web page, not weights (the download saved a page instead of the file); "
+            "download it again by the file's direct link",
+        )
     if start.startswith((b"PK\x03\x04", b"\x80")) and not start[_LENGTH_BYTES:].startswith(b"{"):
         return False
-    if size > _LENGTH_BYTES and start[_LENGTH_BYTES:_LENGTH_BYTES + 1] == b"{":
+    if size > _LENGTH_BYTES and start[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{":
         return True
-    raise _bad(path, "is not a weight file (neither safetensors nor a torch.save file); choose a .safetensors file "
-                     "or download it again")
+    raise _bad(
+        path,
+        "is not a weight file (neither safetensors nor a torch.save file); choose a .safetensors file "
+        "or download it again",
+    )
 
 
 def _safetensors_header(path: Path) -> Header:
@@ -144,8 +170,11 @@ def _safetensors_header(path: Path) -> Header:
         (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES))
         begin = _LENGTH_BYTES + length
         if length > _LONGEST_HEADER or begin > size:
-            raise _bad(path, f"is cut off or not safetensors: its header should take {length} bytes, but the whole "
-                             f"file has {size}; {_AGAIN}")
+            raise _bad(
+                path,
+                f"is cut off or not safetensors: its header should take {length} bytes, but the whole "
+                f"file has {size}; {_AGAIN}",
+            )
         raw = file.read(length)
     try:
         data = json.loads(raw, object_pairs_hook=_no_duplicates)
@@ -174,8 +203,11 @@ def _check_entry(path: Path, key: str, entry: Any) -> int:
     except (TypeError, KeyError, ValueError):
         raise _bad(path, f"has a damaged entry for tensor {key!r} in its header; {_AGAIN}") from None
     if dtype not in _DTYPES:
-        raise _bad(path, f"stores tensor {key!r} as {str(dtype)[:20]!r}, which FlexIP cannot read; "
-                         "choose a file in float32, float16 or bfloat16")
+        raise _bad(
+            path,
+            f"stores tensor {key!r} as {str(dtype)[:20]!r}, which FlexIP cannot read; "
+            "choose a file in float32, float16 or bfloat16",
+        )
     expected = math.prod(shape) * _DTYPES[dtype].itemsize
     if end - begin != expected:
         raise _bad(path, f"gives tensor {key!r} {end - begin} bytes where its shape needs {expected}; {_AGAIN}")
@@ -206,8 +238,11 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
             data = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         if "unsupported" in str(error).lower() or "weights only" in str(error).lower():
-            raise _bad(path, "contains Python objects besides weights, which could run code, so it was not opened; "
-                             "use a .safetensors version of it") from None
+            raise _bad(
+                path,
+                "contains Python objects besides weights, which could run code, so it was not opened; "
+                "use a .safetensors version of it",
+            ) from None
         raise _bad(path, f"is a damaged torch.save file ({_first_line(error)}); {_AGAIN}") from None
     except Exception:  # noqa: BLE001 - a damaged pickle can fail with any exception
         raise _bad(path, f"is a damaged or cut off torch.save file of {path.stat().st_size} bytes; {_AGAIN}") from None
@@ -235,8 +270,9 @@ def _check_zip(path: Path) -> bool:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         raise _bad(path, f"is a damaged or cut off torch.save file of {size} bytes; {_AGAIN}") from None
     if any("/code/" in e.filename for e in entries):
-        raise _bad(path, "is a TorchScript program, not plain weights, so it was not opened; use a .safetensors "
-                         "version of it")
+        raise _bad(
+            path, "is a TorchScript program, not plain weights, so it was not opened; use a .safetensors version of it"
+        )
     if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
         raise _bad(path, "is a compressed archive, not a torch.save file; unpack it and choose the weight file inside")
     return True

@@ -1,4 +1,5 @@
 """The nodes: convert, call flexip_core, return."""
+
 from __future__ import annotations
 
 from comfy_api.v0_0_2 import ComfyExtension, io

@@ -1,4 +1,5 @@
 """ApplyFlexIPGate: a model whose text cross-attentions also read the reference."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -30,23 +31,74 @@ class ApplyFlexIPGate(io.ComfyNode):
                 io.Model.Input("model", tooltip="SD1.5 or SDXL, the base that the adapters were made for."),
                 FlexIPAdapters.Input("adapters", tooltip="From Load FlexIP Adapters."),
                 FlexIPReference.Input("reference", tooltip="From Encode Reference."),
-                io.Float.Input("gate", default=0.6, min=0.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
-                               tooltip="1 keeps the subject as in the reference, 0 lets the prompt change it; everything between is continuous."),
-                io.Float.Input("strength", default=1.0, min=0.0, max=5.0, step=0.01, tooltip="How much the reference counts at all. 0 is the bare model."),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001, advanced=True, tooltip="Part of the sampling at which the reference begins to act."),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001, advanced=True, tooltip="Part of the sampling at which the reference stops to act."),
+                io.Float.Input(
+                    "gate",
+                    default=0.6,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="1 keeps the subject as in the reference, 0 lets the prompt change it; everything between is continuous.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=5.0,
+                    step=0.01,
+                    tooltip="How much the reference counts at all. 0 is the bare model.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    advanced=True,
+                    tooltip="Part of the sampling at which the reference begins to act.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    advanced=True,
+                    tooltip="Part of the sampling at which the reference stops to act.",
+                ),
             ],
             outputs=[io.Model.Output("model", display_name="model", tooltip="The gated model, for any sampler.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model: Any, adapters: LoadedAdapters, reference: Reference, gate: float, strength: float, start_percent: float, end_percent: float) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: Any,
+        adapters: LoadedAdapters,
+        reference: Reference,
+        gate: float,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+    ) -> io.NodeOutput:
         check_base(model, adapters)
         check_reference(adapters, reference)
         if start_percent >= end_percent:
-            raise ValueError(f"{NODE}: start_percent {start_percent:g} is not before end_percent {end_percent:g}, so the reference would never act. Set start_percent below end_percent.")
-        link = Link(adapters.network, adapters.patcher, reference, (gate,), strength, start_percent, end_percent, adapters.title, cls.hidden.unique_id if cls.hidden else None)
+            raise ValueError(
+                f"{NODE}: start_percent {start_percent:g} is not before end_percent {end_percent:g}, so the reference would never act. Set start_percent below end_percent."
+            )
+        link = Link(
+            adapters.network,
+            adapters.patcher,
+            reference,
+            (gate,),
+            strength,
+            start_percent,
+            end_percent,
+            adapters.title,
+            cls.hidden.unique_id if cls.hidden else None,
+        )
         return io.NodeOutput(runtime.attach(model, link))
 
 
@@ -55,7 +107,9 @@ def check_base(model: Any, adapters: LoadedAdapters) -> None:
     widths, text_width = unet.block_widths(model.model.diffusion_model)
     name = type(model.model).__name__
     if not widths:
-        raise ValueError(f"{NODE}: the model ({name}) is not a UNet with text cross-attentions. FlexIP works with SD1.5 and SDXL checkpoints; load one of those.")
+        raise ValueError(
+            f"{NODE}: the model ({name}) is not a UNet with text cross-attentions. FlexIP works with SD1.5 and SDXL checkpoints; load one of those."
+        )
     wanted = adapters.network.block_widths
     if widths == wanted and text_width == adapters.network.text_width:
         return
@@ -78,4 +132,6 @@ def check_reference(adapters: LoadedAdapters, reference: Reference) -> None:
 
 
 def _in_words(needs: tuple[FeatureNeed, ...]) -> str:
-    return ", ".join(f"{need.name} from {need.encoder.model} {image_size(need.encoder)} px ({need.width} wide)" for need in needs)
+    return ", ".join(
+        f"{need.name} from {need.encoder.model} {image_size(need.encoder)} px ({need.width} wide)" for need in needs
+    )

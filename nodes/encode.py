@@ -1,4 +1,5 @@
 """EncodeReference: pictures -> what the adapters read."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -28,32 +29,66 @@ class EncodeReference(io.ComfyNode):
             is_input_list=True,
             has_intermediate_output=True,  # the preview survives a page reload
             inputs=[
-                FlexIPAdapters.Input("adapters", tooltip="From Load FlexIP Adapters: they decide which encoders are needed."),
-                io.Image.Input("image", tooltip="Reference picture(s), any size. An alpha channel counts as the subject mask."),
-                io.Combo.Input("crop", options=list(images.CROPS), default="center",
-                               tooltip="How the picture becomes a square: center cuts the middle; pad shows it whole with borders; squash shows it whole, distorted; subject cuts around the mask."),
-                io.Mask.Input("mask", optional=True, tooltip="White where the subject is; used by crop = subject. LoadImage's mask is white where the picture is transparent: invert it first."),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="An already loaded CLIP encoder to use instead of the file."),
-                io.ClipVision.Input("dino", optional=True, tooltip="An already loaded DINOv2 encoder to use instead of the file."),
+                FlexIPAdapters.Input(
+                    "adapters", tooltip="From Load FlexIP Adapters: they decide which encoders are needed."
+                ),
+                io.Image.Input(
+                    "image", tooltip="Reference picture(s), any size. An alpha channel counts as the subject mask."
+                ),
+                io.Combo.Input(
+                    "crop",
+                    options=list(images.CROPS),
+                    default="center",
+                    tooltip="How the picture becomes a square: center cuts the middle; pad shows it whole with borders; squash shows it whole, distorted; subject cuts around the mask.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the subject is; used by crop = subject. LoadImage's mask is white where the picture is transparent: invert it first.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="An already loaded CLIP encoder to use instead of the file."
+                ),
+                io.ClipVision.Input(
+                    "dino", optional=True, tooltip="An already loaded DINOv2 encoder to use instead of the file."
+                ),
             ],
-            outputs=[FlexIPReference.Output("reference", display_name="reference", tooltip="The encoded reference; wire it into Apply FlexIP Gate.")],
+            outputs=[
+                FlexIPReference.Output(
+                    "reference",
+                    display_name="reference",
+                    tooltip="The encoded reference; wire it into Apply FlexIP Gate.",
+                )
+            ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
-    def execute(cls, adapters: list[LoadedAdapters], image: list[torch.Tensor], crop: list[str], mask: list | None = None,
-                clip_vision: list | None = None, dino: list | None = None) -> io.NodeOutput:
+    def execute(
+        cls,
+        adapters: list[LoadedAdapters],
+        image: list[torch.Tensor],
+        crop: list[str],
+        mask: list | None = None,
+        clip_vision: list | None = None,
+        dino: list | None = None,
+    ) -> io.NodeOutput:
         loaded, needs = adapters[0], adapters[0].network.needs()
         wires = {"clip_vision": _first(clip_vision), "dino": _first(dino)}
         for role, wire in wires.items():
             encoders.refuse_unused([need for need in needs if encoders.role_of(need) == role], wire)
         pairs = list(_pictures(image, mask))
-        seen = {size: torch.stack([_prepared(picture, m, crop[0], size) for picture, m in pairs]) for size in {image_size(need.encoder) for need in needs}}
+        seen = {
+            size: torch.stack([_prepared(picture, m, crop[0], size) for picture, m in pairs])
+            for size in {image_size(need.encoder) for need in needs}
+        }
         features, null, sources = {}, {}, []
         for need in needs:
             wire = encoders.wired_for(need, wires[encoders.role_of(need)])
             path = None if wire is not None else encoders.resolve(need, loaded.encoders)
-            features[need.name], null[need.name], source = encoders.features(need, path, wire, seen[image_size(need.encoder)], loaded.towers)
+            features[need.name], null[need.name], source = encoders.features(
+                need, path, wire, seen[image_size(need.encoder)], loaded.towers
+            )
             sources.append(f"{need.encoder.model} from {source}")
         reference = Reference(features, null, ", ".join(dict.fromkeys(sources)), needs)
         return io.NodeOutput(reference, ui=ui.PreviewImage(seen[max(seen)], cls=cls))

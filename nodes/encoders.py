@@ -1,4 +1,5 @@
 """Image encoders for EncodeReference: found by content, held once per file by a ModelPatcher, or a wired CLIP_VISION."""
+
 from __future__ import annotations
 
 import os
@@ -66,7 +67,9 @@ def named(node: str) -> Iterator[None]:
         raise ValueError(f"{node}: {error}") from None
 
 
-def features(need: FeatureNeed, path: str | None, wired: Any, pictures: torch.Tensor, owner: dict) -> tuple[torch.Tensor, torch.Tensor, str]:
+def features(
+    need: FeatureNeed, path: str | None, wired: Any, pictures: torch.Tensor, owner: dict
+) -> tuple[torch.Tensor, torch.Tensor, str]:
     """What `need` asks for, of prepared pictures (r, s, s, 3) and of the null reference, on the CPU in float32.
 
     Also returns where the weights came from, for the report. A tower read from a file lives as long as `owner`, where it is noted.
@@ -84,7 +87,11 @@ def features(need: FeatureNeed, path: str | None, wired: Any, pictures: torch.Te
     with torch.no_grad():
         pixels = images.normalise(pictures, mean, std)
         feature = torch.cat([run(chunk).float().cpu() for chunk in pixels.split(CHUNK)])
-        null = torch.zeros_like(feature) if need.null == "zeros" else run(torch.zeros_like(pixels[:1])).float().cpu().expand_as(feature)
+        null = (
+            torch.zeros_like(feature)
+            if need.null == "zeros"
+            else run(torch.zeros_like(pixels[:1])).float().cpu().expand_as(feature)
+        )
     return feature, null, source
 
 
@@ -124,7 +131,9 @@ def _dtype() -> torch.dtype:
 
 
 def _wrap(tower: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
-    return comfy.model_patcher.ModelPatcher(tower, load_device=mm.text_encoder_device(), offload_device=mm.text_encoder_offload_device())
+    return comfy.model_patcher.ModelPatcher(
+        tower, load_device=mm.text_encoder_device(), offload_device=mm.text_encoder_offload_device()
+    )
 
 
 def _tower_runner(need: FeatureNeed, tower: torch.nn.Module) -> Runner:
@@ -134,14 +143,18 @@ def _tower_runner(need: FeatureNeed, tower: torch.nn.Module) -> Runner:
 def _core_runner(need: FeatureNeed, clip_vision: Any, pictures: torch.Tensor) -> tuple[Any, Runner]:
     """A loaded core CLIP_VISION: run as it is at its own size, else its weights in our tower (the shared object stays as it is)."""
     if clip_vision.image_size != encoders.image_size(need.encoder):
-        patcher = _wrap(encoders.load_tower(need.encoder, clip_vision.get_sd(), _dtype()))  # lives for this one run of the node
+        patcher = _wrap(
+            encoders.load_tower(need.encoder, clip_vision.get_sd(), _dtype())
+        )  # lives for this one run of the node
         mm.load_models_gpu([patcher], memory_required=_memory(pictures), force_full_load=True)
         return patcher, _tower_runner(need, patcher.model)
     mm.load_model_gpu(clip_vision.patcher)
     skipped = 1 + encoders.wanted_shape(need.encoder).registers
 
     def run(pixels: torch.Tensor) -> torch.Tensor:
-        last, penultimate, embedding, *_ = clip_vision.model(pixel_values=pixels.to(clip_vision.load_device), intermediate_output=-2)
+        last, penultimate, embedding, *_ = clip_vision.model(
+            pixel_values=pixels.to(clip_vision.load_device), intermediate_output=-2
+        )
         return {"embedding": embedding, "penultimate": penultimate, "patches": last[:, skipped:]}[need.kind]
 
     return clip_vision.patcher, run
@@ -164,5 +177,3 @@ def _none_found(need: FeatureNeed) -> str:
         f"{NODE}: these adapters want {encoders.describe_model(need.encoder)}, and no file in {files.searched(files.ENCODER_FOLDER)} is one. "
         f"Looked at: {', '.join(seen) or 'no files at all'}. Put the encoder's file there, or wire a loaded one into {role_of(need)}."
     )
-
-

@@ -1,4 +1,5 @@
 """Where weight files lie: ComfyUI's model folders, extendable by extra_model_paths.yaml."""
+
 from __future__ import annotations
 
 import os
@@ -28,7 +29,9 @@ def adapter_path(name: str, node: str) -> str:
     folder = next((folder for folder in ADAPTER_FOLDERS if name in names(folder)), None)
     if folder is None:
         where = " or ".join(map(searched, ADAPTER_FOLDERS))
-        raise ValueError(f"{node}: there is no file {name!r} in {where}. Files found there: {', '.join(adapter_names()) or 'none'}.")
+        raise ValueError(
+            f"{node}: there is no file {name!r} in {where}. Files found there: {', '.join(adapter_names()) or 'none'}."
+        )
     return path_of(folder, name, node)
 
 
@@ -40,7 +43,9 @@ def path_of(folder: str, name: str, node: str) -> str:
     """Full path of a listed file; a name that is not listed (a path out of the folder included) is refused."""
     path = folder_paths.get_full_path(folder, name) if name in names(folder) else None
     if path is None:
-        raise ValueError(f"{node}: there is no file {name!r} in {searched(folder)}. Files found there: {', '.join(names(folder)) or 'none'}.")
+        raise ValueError(
+            f"{node}: there is no file {name!r} in {searched(folder)}. Files found there: {', '.join(names(folder)) or 'none'}."
+        )
     return path
 
 

@@ -1,4 +1,5 @@
 """LoadFlexIPAdapters: files -> adapters under ComfyUI's memory management."""
+
 from __future__ import annotations
 
 import os
@@ -26,7 +27,9 @@ class LoadedAdapters:
     title: str
     network: Any  # FlexIPNetwork or IPAdapterPair
     patcher: comfy.model_patcher.ModelPatcher
-    encoders: dict[str, str]  # what was chosen for "clip_vision" and "dino", a file or "auto"; looked up when it is needed
+    encoders: dict[
+        str, str
+    ]  # what was chosen for "clip_vision" and "dino", a file or "auto"; looked up when it is needed
     towers: dict[str, comfy.model_patcher.ModelPatcher] = field(default_factory=dict)
 
 
@@ -41,19 +44,45 @@ class LoadFlexIPAdapters(io.ComfyNode):
             description="Loads the adapters that carry a reference picture into the image: preservation keeps the subject, personalization follows the prompt.",
             search_aliases=["ip-adapter", "ipadapter", "reference image", "identity", "subject"],
             inputs=[
-                io.Combo.Input("preservation", options=adapters, tooltip="What keeps the subject: a FlexIP file in models/flexip (it holds both adapters), or an IP-Adapter file in models/ipadapter, typically ip-adapter-plus."),
-                io.Combo.Input("personalization", options=[files.AUTO, *adapters], default=files.AUTO,
-                               tooltip="auto: the second adapter of the FlexIP file above, none beside an IP-Adapter. Or a second IP-Adapter file, typically plain ip-adapter, composition or style."),
-                io.Combo.Input("clip_vision", options=[files.AUTO, *vision], default=files.AUTO, advanced=True,
-                               tooltip="CLIP image encoder in models/clip_vision. auto: the file there that fits, found by its contents."),
-                io.Combo.Input("dino", options=[files.AUTO, *vision], default=files.AUTO, advanced=True,
-                               tooltip="DINOv2 image encoder in models/clip_vision. auto: the file there that fits, found by its contents."),
+                io.Combo.Input(
+                    "preservation",
+                    options=adapters,
+                    tooltip="What keeps the subject: a FlexIP file in models/flexip (it holds both adapters), or an IP-Adapter file in models/ipadapter, typically ip-adapter-plus.",
+                ),
+                io.Combo.Input(
+                    "personalization",
+                    options=[files.AUTO, *adapters],
+                    default=files.AUTO,
+                    tooltip="auto: the second adapter of the FlexIP file above, none beside an IP-Adapter. Or a second IP-Adapter file, typically plain ip-adapter, composition or style.",
+                ),
+                io.Combo.Input(
+                    "clip_vision",
+                    options=[files.AUTO, *vision],
+                    default=files.AUTO,
+                    advanced=True,
+                    tooltip="CLIP image encoder in models/clip_vision. auto: the file there that fits, found by its contents.",
+                ),
+                io.Combo.Input(
+                    "dino",
+                    options=[files.AUTO, *vision],
+                    default=files.AUTO,
+                    advanced=True,
+                    tooltip="DINOv2 image encoder in models/clip_vision. auto: the file there that fits, found by its contents.",
+                ),
             ],
-            outputs=[FlexIPAdapters.Output("adapters", display_name="adapters", tooltip="Both adapters; wire them into Encode Reference and Apply FlexIP Gate.")],
+            outputs=[
+                FlexIPAdapters.Output(
+                    "adapters",
+                    display_name="adapters",
+                    tooltip="Both adapters; wire them into Encode Reference and Apply FlexIP Gate.",
+                )
+            ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, preservation: str | None, personalization: str | None, clip_vision: str | None, dino: str | None) -> list:
+    def fingerprint_inputs(
+        cls, preservation: str | None, personalization: str | None, clip_vision: str | None, dino: str | None
+    ) -> list:
         unset = (files.AUTO, None)  # None: the value comes over a wire
         paths = [files.adapter_path(name, NODE) for name in (preservation, personalization) if name not in unset]
         paths += [files.path_of(files.ENCODER_FOLDER, name, NODE) for name in (clip_vision, dino) if name not in unset]
@@ -63,15 +92,19 @@ class LoadFlexIPAdapters(io.ComfyNode):
     def execute(cls, preservation: str, personalization: str, clip_vision: str, dino: str) -> io.NodeOutput:
         second = None if personalization == files.AUTO else personalization
         network = load_network(preservation, second)
-        patcher = comfy.model_patcher.CoreModelPatcher(network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+        patcher = comfy.model_patcher.CoreModelPatcher(
+            network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device()
+        )
         choices = {"clip_vision": clip_vision, "dino": dino}
         encoders.refuse_misfits(network.needs(), choices, NODE)
-        return io.NodeOutput(LoadedAdapters(
-            title=title_of(network, preservation, second),
-            network=network,
-            patcher=patcher,
-            encoders=choices,
-        ))
+        return io.NodeOutput(
+            LoadedAdapters(
+                title=title_of(network, preservation, second),
+                network=network,
+                patcher=patcher,
+                encoders=choices,
+            )
+        )
 
 
 def load_network(preservation: str, personalization: str | None) -> Any:
@@ -81,14 +114,22 @@ def load_network(preservation: str, personalization: str | None) -> Any:
     with encoders.named(NODE):
         if is_flexip(read_header(path)):
             if personalization not in (None, preservation):
-                raise ValueError(f"{preservation} is a FlexIP file and holds both adapters; set personalization to {files.AUTO}.")
+                raise ValueError(
+                    f"{preservation} is a FlexIP file and holds both adapters; set personalization to {files.AUTO}."
+                )
             return load_checkpoint(path, operations=comfy.ops.manual_cast)
         if second and is_flexip(read_header(second)):
-            raise ValueError(f"{personalization} is a FlexIP file and holds both adapters; choose it as preservation, with personalization set to {files.AUTO}.")
+            raise ValueError(
+                f"{personalization} is a FlexIP file and holds both adapters; choose it as preservation, with personalization set to {files.AUTO}."
+            )
         return load_pair(path, second, comfy.ops.manual_cast)
 
 
 def title_of(network: Any, preservation: str, personalization: str | None) -> str:
     """File names for reports and messages; an IP-Adapter with its family and base, which its name need not tell."""
     kinds = getattr(network, "kinds", None)
-    return preservation if kinds is None else " + ".join(f"{name} ({kind})" for name, kind in zip((preservation, personalization), kinds))
+    return (
+        preservation
+        if kinds is None
+        else " + ".join(f"{name} ({kind})" for name, kind in zip((preservation, personalization), kinds))
+    )

@@ -1,4 +1,5 @@
 """What a run did, in words: in the log, as progress text on the Apply node, and on FlexIPSampler's report output."""
+
 from __future__ import annotations
 
 import logging
@@ -17,7 +18,9 @@ def text(run: Run, links: tuple[Link, ...], guider: Any, sigmas: torch.Tensor, s
     live = {link_run.position: link_run for link_run in run.links}
     steps = sigmas[:-1].tolist()
     paragraphs = [
-        _link(live[position], guider, steps, seconds) if position in live else f"{link.title}: strength 0, does nothing."
+        _link(live[position], guider, steps, seconds)
+        if position in live
+        else f"{link.title}: strength 0, does nothing."
         for position, link in enumerate(links)
     ]
     return "\n\n".join(paragraphs)
@@ -37,12 +40,18 @@ def _link(run: LinkRun, guider: Any, steps: list[float], seconds: float) -> str:
         f"K/V: {counters.projected} projected, {counters.from_cache} reused",
     ]
     if counters.untagged:
-        lines.append(f"note: {counters.untagged} model calls came with a conditioning of another node's own; they got the null reference")
+        lines.append(
+            f"note: {counters.untagged} model calls came with a conditioning of another node's own; they got the null reference"
+        )
     if lost:
         by = ", ".join(f"{name} x{count}" for name, count in Counter(lost).most_common())
-        lines.append(f"WARNING: another node took over {len(lost)} of {blocks} blocks after FlexIP ({by}); unless it calls FlexIP, the reference does not act there. Apply FlexIP after that node")
+        lines.append(
+            f"WARNING: another node took over {len(lost)} of {blocks} blocks after FlexIP ({by}); unless it calls FlexIP, the reference does not act there. Apply FlexIP after that node"
+        )
     if hidden := runtime.hidden_neighbours(guider.model_options["transformer_options"]):
-        lines.append(f"WARNING: {hidden[0]} was put on {len(hidden)} blocks after FlexIP in a way that ComfyUI never calls; apply FlexIP after that node")
+        lines.append(
+            f"WARNING: {hidden[0]} was put on {len(hidden)} blocks after FlexIP in a way that ComfyUI never calls; apply FlexIP after that node"
+        )
     if not counters.active:
         lines.append("WARNING: FlexIP changed nothing in this run; check start_percent and end_percent")
     return ".\n".join(lines)  # full stops, because the page's new nodes show line breaks as spaces

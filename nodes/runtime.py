@@ -3,6 +3,7 @@
 The links of a model are an immutable tuple in transformer_options. One OUTER_SAMPLE wrapper projects K and V before the UNet is
 loaded and tags every row of every conditioning; one APPLY_MODEL wrapper turns the tags of a UNet call into ready tensors.
 """
+
 from __future__ import annotations
 
 import time
@@ -40,7 +41,9 @@ def read_tags(tags: torch.Tensor, count: int) -> Rows:
     """The rows of a UNet call; `count` is how many it has. Core cuts or repeats per-row conditionings without a word."""
     numbers = tags.flatten().tolist()
     if len(numbers) != count:
-        raise RuntimeError(f"FlexIP: a model call of {count} rows came with tags for {len(numbers)}; another node resized the batch without its conditionings.")
+        raise RuntimeError(
+            f"FlexIP: a model call of {count} rows came with tags for {len(numbers)}; another node resized the batch without its conditionings."
+        )
     return tuple(divmod(int(number), ROWS) for number in numbers)
 
 
@@ -113,10 +116,15 @@ def _start(guider: Any, links: tuple[Link, ...], batch: int) -> Run:
     sampling = model.get_model_object("model_sampling")
     for link in links:
         if len(link.gates) not in (1, batch):
-            raise ValueError(f"ApplyFlexIPGate: got {len(link.gates)} gates for a batch of {batch} latents; give one gate, or one per latent.")
+            raise ValueError(
+                f"ApplyFlexIPGate: got {len(link.gates)} gates for a batch of {batch} latents; give one gate, or one per latent."
+            )
     runs = [
-        LinkRun(link, position, sampling.percent_to_sigma(link.start_percent), sampling.percent_to_sigma(link.end_percent))
-        for position, link in enumerate(links) if link.strength != 0
+        LinkRun(
+            link, position, sampling.percent_to_sigma(link.start_percent), sampling.percent_to_sigma(link.end_percent)
+        )
+        for position, link in enumerate(links)
+        if link.strength != 0
     ]
     slots = _slots(guider.model_options["transformer_options"])
     run = Run(runs, neighbours=sum(_has_neighbour(patch) for patch in slots.values()))
@@ -133,10 +141,14 @@ def _start(guider: Any, links: tuple[Link, ...], batch: int) -> Run:
 def _text(entry: dict[str, Any], links: tuple[Link, ...]) -> torch.Tensor:
     text = entry.get("cross_attn")
     if text is None:
-        raise ValueError("ApplyFlexIPGate: expected a text conditioning, got one without text. Connect CLIPTextEncode to the sampler's positive and negative.")
+        raise ValueError(
+            "ApplyFlexIPGate: expected a text conditioning, got one without text. Connect CLIPTextEncode to the sampler's positive and negative."
+        )
     wanted = links[0].network.text_width  # of all links: each was checked against the model
     if text.shape[-1] != wanted:
-        raise ValueError(f"ApplyFlexIPGate: the model reads text {wanted} wide, but a prompt on the sampler is {text.shape[-1]} wide. Encode it with the CLIP of the same checkpoint.")
+        raise ValueError(
+            f"ApplyFlexIPGate: the model reads text {wanted} wide, but a prompt on the sampler is {text.shape[-1]} wide. Encode it with the CLIP of the same checkpoint."
+        )
     return text
 
 
@@ -147,8 +159,16 @@ def _load(link: Link) -> torch.device:
     return link.patcher.load_device
 
 
-def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
-                transformer_options: dict[str, Any] = {}, **kwargs: Any) -> Any:  # noqa: B006 - core's own signature
+def apply_model(
+    executor: Any,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    c_concat: Any = None,
+    c_crossattn: Any = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] = {},
+    **kwargs: Any,
+) -> Any:  # noqa: B006 - core's own signature
     run: Run | None = transformer_options.get(RUN)
     tags = kwargs.pop(TAG, None)
     # everything that is not a tensor stays out of the region that torch.compile sees
@@ -185,8 +205,11 @@ def hidden_neighbours(options: dict[str, Any]) -> list[str]:
     """Patches that a later node put under the two-part key of a block, where core never looks because of our three-part key."""
     slots = _slots(options)
     return [
-        type(patch).__name__ for key, patch in slots.items()
-        if len(key) == 2 and not isinstance(patch, GatedAttention) and isinstance(slots.get((*key, 0)), GatedAttention)
+        type(patch).__name__
+        for key, patch in slots.items()
+        if len(key) == 2
+        and not isinstance(patch, GatedAttention)
+        and isinstance(slots.get((*key, 0)), GatedAttention)
         and slots[(*key, 0)].previous is not patch
     ]
 
@@ -201,6 +224,6 @@ def _block(address: str) -> tuple[str, int, int]:
 
 
 def _has_neighbour(patch: Any) -> bool:
-    return isinstance(patch, GatedAttention) and (bool(patch.added) or (patch.previous is not None and not isinstance(patch.previous, GatedAttention)))
-
-
+    return isinstance(patch, GatedAttention) and (
+        bool(patch.added) or (patch.previous is not None and not isinstance(patch.previous, GatedAttention))
+    )

@@ -1,4 +1,5 @@
 """FlexIPSampler: KSampler with a sweep of gates from the same noise."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -36,52 +37,125 @@ class FlexIPSampler(io.ComfyNode):
             search_aliases=["ksampler", "gate sweep", "xy plot", "ip-adapter sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="A model with a FlexIP gate, from Apply FlexIP Gate."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="Seed of the noise; every gate gets the same noise."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Seed of the noise; every gate gets the same noise.",
+                ),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of sampling steps."),
-                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="How strictly the image follows the prompt and the reference."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampling algorithm."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise is taken away over the steps."),
+                io.Float.Input(
+                    "cfg",
+                    default=7.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How strictly the image follows the prompt and the reference.",
+                ),
+                io.Combo.Input(
+                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampling algorithm."
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="How the noise is taken away over the steps.",
+                ),
                 io.Conditioning.Input("positive", tooltip="What the image should show; gets the reference."),
                 io.Conditioning.Input("negative", tooltip="What it should not show; gets the null reference."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise; a batch is swept whole."),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Below 1 keeps part of the latent image."),
-                io.String.Input("gates", default="", tooltip="Gates to compare, such as 0, 0.25, 0.5, 0.75, 1. They replace the gate of the last Apply FlexIP Gate. Empty: that node's own gate."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Below 1 keeps part of the latent image.",
+                ),
+                io.String.Input(
+                    "gates",
+                    default="",
+                    tooltip="Gates to compare, such as 0, 0.25, 0.5, 0.75, 1. They replace the gate of the last Apply FlexIP Gate. Empty: that node's own gate.",
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="Wire it to get the labelled contact sheet."),
             ],
             outputs=[
-                io.Latent.Output("latent", display_name="latent", tooltip="All gates in one batch: first all latents with the first gate, then with the second, ..."),
-                io.Image.Output("contact_sheet", display_name="contact sheet", tooltip="One column per gate; needs the vae."),
-                io.String.Output("report", display_name="report", tooltip="What FlexIP did in this run: files, encoders, tokens, blocks, steps, gates, seconds."),
+                io.Latent.Output(
+                    "latent",
+                    display_name="latent",
+                    tooltip="All gates in one batch: first all latents with the first gate, then with the second, ...",
+                ),
+                io.Image.Output(
+                    "contact_sheet", display_name="contact sheet", tooltip="One column per gate; needs the vae."
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="What FlexIP did in this run: files, encoders, tokens, blocks, steps, gates, seconds.",
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
-    def execute(cls, model: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any, negative: Any,
-                latent_image: dict, denoise: float, gates: str, vae: Any = None) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: Any,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive: Any,
+        negative: Any,
+        latent_image: dict,
+        denoise: float,
+        gates: str,
+        vae: Any = None,
+    ) -> io.NodeOutput:
         links = runtime.links_of(model)
         if not links:
-            raise ValueError(f"{NODE}: the model has no FlexIP gate. Put Apply FlexIP Gate between the checkpoint and this node.")
+            raise ValueError(
+                f"{NODE}: the model has no FlexIP gate. Put Apply FlexIP Gate between the checkpoint and this node."
+            )
         values = parse_gates(gates)
         if values:
             if links[-1].strength == 0:
-                raise ValueError(f"{NODE}: the last Apply FlexIP Gate has strength 0, so all gates would look alike. Raise its strength.")
+                raise ValueError(
+                    f"{NODE}: the last Apply FlexIP Gate has strength 0, so all gates would look alike. Raise its strength."
+                )
             rows = tuple(value for value in values for _ in range(len(latent_image["samples"])))
             links = (*links[:-1], dataclasses.replace(links[-1], gates=rows))
         model = runtime.with_links(model, links)
         reports: list[str] = []
         model.model_options["transformer_options"][runtime.LISTENER] = reports.append
-        result = sample(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, copies=len(values) or 1)
+        result = sample(
+            model,
+            seed,
+            steps,
+            cfg,
+            sampler_name,
+            scheduler,
+            positive,
+            negative,
+            latent_image,
+            denoise,
+            copies=len(values) or 1,
+        )
         report = reports[0] if reports else "FlexIP did not run: every link has strength 0, or no step was sampled."
         if vae is None:
-            return io.NodeOutput(result, ExecutionBlocker(f"{NODE}: wire a VAE into it to get the contact sheet."), report)
+            return io.NodeOutput(
+                result, ExecutionBlocker(f"{NODE}: wire a VAE into it to get the contact sheet."), report
+            )
         labels = [f"gate {value:g}" for value in values or links[-1].gates]
         sheet = contact_sheet(decode(vae, result["samples"]), labels)
         return io.NodeOutput(result, sheet, report, ui=ui.PreviewImage(sheet, cls=cls))
 
 
 def parse_gates(text: str) -> tuple[float, ...]:
-    """"0, 0.25 1" -> (0.0, 0.25, 1.0); empty text -> ()."""
+    """ "0, 0.25 1" -> (0.0, 0.25, 1.0); empty text -> ()."""
     values = []
     for word in filter(None, re.split(r"[,;\s]+", text)):
         try:
@@ -89,7 +163,9 @@ def parse_gates(text: str) -> tuple[float, ...]:
         except ValueError:
             value = math.nan
         if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{NODE}: gates must be numbers from 0 to 1 with commas between them, such as 0, 0.5, 1; got {word!r}.")
+            raise ValueError(
+                f"{NODE}: gates must be numbers from 0 to 1 with commas between them, such as 0, 0.5, 1; got {word!r}."
+            )
         values.append(value)
     if len(values) > MOST_GATES:
         raise ValueError(f"{NODE}: got {len(values)} gates, at most {MOST_GATES} fit into one batch. Use fewer.")
@@ -108,21 +184,53 @@ def repeat_latent(latent: dict, copies: int) -> dict:
     return out
 
 
-def sample(model: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any, negative: Any, latent: dict,
-           denoise: float, copies: int) -> dict:
+def sample(
+    model: Any,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    positive: Any,
+    negative: Any,
+    latent: dict,
+    denoise: float,
+    copies: int,
+) -> dict:
     """core's KSampler on `copies` of the latent batch, which all get the noise that one alone would get."""
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
+    samples = comfy.sample.fix_empty_latent_channels(
+        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+    )
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     sampler = comfy.samplers.sampler_object(sampler_name)
     if copies > 1:
         latent = repeat_latent({**latent, "samples": samples}, copies)
         samples, noise = latent["samples"], torch.cat([noise] * copies)
         sampler = shared_noise(sampler, sampler_name, copies)
-    ksampler = comfy.samplers.KSampler(model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise,
-                                       model_options=model.model_options)
+    ksampler = comfy.samplers.KSampler(
+        model,
+        steps=steps,
+        device=model.load_device,
+        sampler=sampler_name,
+        scheduler=scheduler,
+        denoise=denoise,
+        model_options=model.model_options,
+    )
     callback = latent_preview.prepare_callback(model, steps)
-    result = comfy.sample.sample_custom(model, noise, cfg, sampler, ksampler.sigmas, positive, negative, samples, noise_mask=latent.get("noise_mask"),
-                                        callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+    result = comfy.sample.sample_custom(
+        model,
+        noise,
+        cfg,
+        sampler,
+        ksampler.sigmas,
+        positive,
+        negative,
+        samples,
+        noise_mask=latent.get("noise_mask"),
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
     out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
     return {**out, "samples": result}
 
@@ -135,7 +243,9 @@ def shared_noise(sampler: comfy.samplers.KSAMPLER, name: str, copies: int) -> co
     if "noise_sampler" not in inspect.signature(function).parameters:
         return comfy.samplers.KSAMPLER(function, sampler.extra_options, inpaint)
 
-    def with_shared_noise(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict | None = None, **options: Any) -> torch.Tensor:
+    def with_shared_noise(
+        model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict | None = None, **options: Any
+    ) -> torch.Tensor:
         draw = noise_sampler(name, x[: x.shape[0] // copies], sigmas, (extra_args or {}).get("seed"))
         options["noise_sampler"] = lambda *interval: torch.cat([draw(*interval)] * copies)
         return function(model, x, sigmas, extra_args=extra_args, **options)
@@ -146,7 +256,9 @@ def shared_noise(sampler: comfy.samplers.KSAMPLER, name: str, copies: int) -> co
 def noise_sampler(name: str, x: torch.Tensor, sigmas: torch.Tensor, seed: int | None) -> Any:
     """What comfy.k_diffusion.sampling makes for this sampler when it is given none."""
     if name.startswith("dpmpp_") and "sde" in name:
-        return k_sampling.BrownianTreeNoiseSampler(x, sigmas[sigmas > 0].min(), sigmas.max(), seed=seed, cpu=not name.endswith("_gpu"))
+        return k_sampling.BrownianTreeNoiseSampler(
+            x, sigmas[sigmas > 0].min(), sigmas.max(), seed=seed, cpu=not name.endswith("_gpu")
+        )
     return k_sampling.default_noise_sampler(x, seed=seed)
 
 

@@ -1,4 +1,5 @@
 """The private sockets, one object each, so that loader and consumer cannot drift apart."""
+
 from comfy_api.v0_0_2 import io
 
 CATEGORY = "FlexIP"

@@ -6,6 +6,7 @@
 Every file is recognised by its contents, loaded, and its image projection compared with diffusers' where diffusers is
 installed. Needs no GPU. The exit code is 1 if a file that should load does not.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,7 +39,9 @@ class Row:
 
 def check_folder(folder: Path) -> Iterator[Row]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    wanted: list[Encoder] = [ClipConfig(model, width) for (_, width), model in ip_adapter.TOWERS.items()] + [DinoConfig()]
+    wanted: list[Encoder] = [ClipConfig(model, width) for (_, width), model in ip_adapter.TOWERS.items()] + [
+        DinoConfig()
+    ]
     for path in paths:
         wanted += _wanted_by_flexip(path)
     for path in paths:
@@ -98,8 +101,16 @@ def _check_adapter(path: Path, row: Row, adapter: ip_adapter.IPAdapterFile) -> N
         except ImportError:
             row.diffusers = "not installed"
             return
-        tensors = {key.removeprefix("image_proj."): value for key, value in read_tensors(path).items() if key.startswith("image_proj.")}
-        theirs = UNet2DConditionLoadersMixin()._convert_ip_adapter_image_proj_to_diffusers(tensors, low_cpu_mem_usage=False).float()
+        tensors = {
+            key.removeprefix("image_proj."): value
+            for key, value in read_tensors(path).items()
+            if key.startswith("image_proj.")
+        }
+        theirs = (
+            UNet2DConditionLoadersMixin()
+            ._convert_ip_adapter_image_proj_to_diffusers(tensors, low_cpu_mem_usage=False)
+            .float()
+        )
         difference = (tokens - theirs(feature)).abs().max().item()
     row.diffusers = f"{difference:.1e}"
     if not difference < TOLERANCE:

@@ -7,6 +7,7 @@
 The models are FlexIP's mini models: made on the spot, untrained. The picture shows that all parts work together and
 that the gate acts; it does not show what trained adapters draw.
 """
+
 from __future__ import annotations
 
 import argparse

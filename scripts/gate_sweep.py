@@ -1,7 +1,8 @@
 """Runs workflows/flexip_gate_sweep.json in a real ComfyUI server with the mini models; demo.py calls it.
 
-    python scripts/gate_sweep.py --comfyui TREE --folder DIR --image FILE       (with ComfyUI's own Python)
+python scripts/gate_sweep.py --comfyui TREE --folder DIR --image FILE       (with ComfyUI's own Python)
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,8 +33,14 @@ def gate_sweep_prompt(object_info: dict[str, Any], image: str) -> dict[str, Any]
     """
     prompt = to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), object_info)
     set_inputs(prompt, "CheckpointLoaderSimple", ckpt_name=mini.MINI_BASE)
-    set_inputs(prompt, "LoadFlexIPAdapters", preservation=mini.MINI_FLEXIP, personalization="auto", clip_vision="auto",
-               dino="auto")
+    set_inputs(
+        prompt,
+        "LoadFlexIPAdapters",
+        preservation=mini.MINI_FLEXIP,
+        personalization="auto",
+        clip_vision="auto",
+        dino="auto",
+    )
     set_inputs(prompt, "LoadImage", image=image)
     set_inputs(prompt, "EmptyLatentImage", width=SIZE, height=SIZE)
     set_inputs(prompt, "FlexIPSampler", steps=STEPS)
@@ -82,8 +89,10 @@ def main() -> int:
         server.stop()
     target = options.folder / f"{WORKFLOW.stem}.png"
     target.write_bytes(sheet)
-    print(f"The contact sheet is in {target} ({time.monotonic() - start:.1f} s).\n"
-          "The mini models are untrained: the picture shows that everything runs, not what FlexIP can do.")
+    print(
+        f"The contact sheet is in {target} ({time.monotonic() - start:.1f} s).\n"
+        "The mini models are untrained: the picture shows that everything runs, not what FlexIP can do."
+    )
     return 0
 
 

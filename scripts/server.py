@@ -3,6 +3,7 @@
 The server works in a base folder of its own (models, custom_nodes, input, output, user), so that nothing of the ComfyUI
 installation is read or changed but its code.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -31,12 +32,22 @@ import aiohttp
 # On few cores torch's spinning threads cost far more than they bring, and ComfyUI's default attention for CPUs is slow.
 CPU_ARGUMENTS = ("--cpu", "--use-pytorch-cross-attention")
 CPU_THREADS = "1"
-FOLDERS = ("models/checkpoints", "models/clip_vision", "models/flexip", "custom_nodes", "input", "output", "temp",
-           "user/default/workflows", "user/default/subgraphs")
+FOLDERS = (
+    "models/checkpoints",
+    "models/clip_vision",
+    "models/flexip",
+    "custom_nodes",
+    "input",
+    "output",
+    "temp",
+    "user/default/workflows",
+    "user/default/subgraphs",
+)
 # Without these the frontend starts with a tour and asks for files that are not there.
 USER_FILES = {
     "user/default/comfy.settings.json": json.dumps(
-        {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12", "Comfy.Minimap.Visible": False}),
+        {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12", "Comfy.Minimap.Visible": False}
+    ),
     "user/default/comfy.templates.json": "[]",
     "user/default/user.css": "",
 }
@@ -63,8 +74,14 @@ class Run:
 
 
 class ComfyServer:
-    def __init__(self, comfyui: str | Path, base: str | Path, python: str | Path = sys.executable,
-                 packs: Mapping[str, str | Path] | None = None, arguments: Sequence[str] = CPU_ARGUMENTS) -> None:
+    def __init__(
+        self,
+        comfyui: str | Path,
+        base: str | Path,
+        python: str | Path = sys.executable,
+        packs: Mapping[str, str | Path] | None = None,
+        arguments: Sequence[str] = CPU_ARGUMENTS,
+    ) -> None:
         """`packs` maps folder names in custom_nodes to the folders that are linked there."""
         self.comfyui, self.base, self.python = Path(comfyui), Path(base).resolve(), Path(python)
         self.arguments = list(arguments)
@@ -82,16 +99,32 @@ class ComfyServer:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [
-            self.python, "main.py", *self.arguments, "--listen", "127.0.0.1", "--port", port,
-            "--base-directory", self.base, "--disable-auto-launch", "--disable-api-nodes",
-            "--database-url", "sqlite:///:memory:",
+            self.python,
+            "main.py",
+            *self.arguments,
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            port,
+            "--base-directory",
+            self.base,
+            "--disable-auto-launch",
+            "--disable-api-nodes",
+            "--database-url",
+            "sqlite:///:memory:",
         ]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         environment.setdefault("OMP_NUM_THREADS", CPU_THREADS)
         with self.log.open("wb") as log:
             # A group of its own: Ctrl-C reaches us, and we stop the server in an orderly way.
-            self.process = subprocess.Popen(list(map(str, command)), cwd=self.comfyui, env=environment, stdout=log,
-                                            stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                list(map(str, command)),
+                cwd=self.comfyui,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         try:
             self._wait_until_ready(time.monotonic() + timeout)
         except BaseException:
@@ -139,8 +172,9 @@ class ComfyServer:
         """The file of one entry in a node's `images` output."""
         return self.get_bytes("/view?" + urllib.parse.urlencode(image))
 
-    def run(self, prompt: dict[str, Any], on_message: Callable[[dict[str, Any]], None] | None = None,
-            timeout: float = 600) -> Run:
+    def run(
+        self, prompt: dict[str, Any], on_message: Callable[[dict[str, Any]], None] | None = None, timeout: float = 600
+    ) -> Run:
         """Queues an API prompt and waits for its end; `on_message` sees every websocket message as it comes."""
         start = time.monotonic()
         with self._websocket() as (client_id, received):

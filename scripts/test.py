@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """The test suite in the demo's environment. Arguments that are not listed here go to pytest.
 
-    python3 scripts/test.py [--all] [--only core server] [-k gate ...]
+python3 scripts/test.py [--all] [--only core server] [-k gate ...]
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,8 +27,16 @@ def run_folder(env: environment.Environment, folder: str, arguments: list[str]) 
     """pytest's exit code and its counts."""
     tests, report = environment.REPO / "tests", env.home / "logs" / f"tests-{folder}.xml"
     report.unlink(missing_ok=True)
-    command = [env.python, "-m", "pytest", "-c", tests / "pytest.ini", f"--junitxml={report}", tests / folder,
-               *arguments]
+    command = [
+        env.python,
+        "-m",
+        "pytest",
+        "-c",
+        tests / "pytest.ini",
+        f"--junitxml={report}",
+        tests / folder,
+        *arguments,
+    ]
     variables = {**os.environ, "COMFYUI_TREE": str(env.comfyui), "OMP_NUM_THREADS": "1"}
     print(f"\n== tests/{folder}", flush=True)
     code = subprocess.run(list(map(str, command)), cwd=environment.REPO, env=variables).returncode
@@ -54,8 +63,10 @@ def main() -> int:
     failed = [folder for folder, (code, _) in results.items() if code not in (0, NO_TESTS if arguments else 0)]
     total = sum((counts for _, counts in results.values()), Counter())
     bad = total["failures"] + total["errors"]
-    print(f"\n{total['tests'] - bad - total['skipped']} passed, {bad} failed, {total['skipped']} skipped"
-          + (f"; failed: {', '.join(f'tests/{folder}' for folder in failed)}" if failed else ""))
+    print(
+        f"\n{total['tests'] - bad - total['skipped']} passed, {bad} failed, {total['skipped']} skipped"
+        + (f"; failed: {', '.join(f'tests/{folder}' for folder in failed)}" if failed else "")
+    )
     return 1 if failed else 0
 
 

@@ -3,6 +3,7 @@
 The page does the same when Queue is pressed. This one knows what shipped workflows use and refuses the rest: subgraphs,
 reroutes, primitives, and muted or bypassed nodes.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,8 @@ def to_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> di
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     return {
         str(node["id"]): {"class_type": node["type"], "inputs": _inputs(node, object_info, sources)}
-        for node in workflow["nodes"] if node["type"] not in NOTES
+        for node in workflow["nodes"]
+        if node["type"] not in NOTES
     }
 
 
@@ -56,8 +58,10 @@ def _widget_values(node: Mapping[str, Any], info: Mapping[str, Any], title: str)
         if not (isinstance(kind, list) or kind in WIDGET_TYPES) or options.get("forceInput"):
             continue  # a socket
         if position >= len(values):
-            raise ValueError(f"{title} saves {len(values)} widget values, but has a widget {name!r} after them. "
-                             "Save the workflow again with this version of its pack.")
+            raise ValueError(
+                f"{title} saves {len(values)} widget values, but has a widget {name!r} after them. "
+                "Save the workflow again with this version of its pack."
+            )
         yield name, values[position]
         position += 1
         # the page puts "control after generate" behind a seed, with a value of its own
@@ -65,8 +69,10 @@ def _widget_values(node: Mapping[str, Any], info: Mapping[str, Any], title: str)
             position += 1
         uploads += bool(options.get("image_upload"))  # the upload button saves a value, too, behind all others
     if len(values) - position not in (0, uploads):
-        raise ValueError(f"{title} saves {len(values)} widget values, but its inputs use only {position} of them. "
-                         "Save the workflow again with this version of its pack.")
+        raise ValueError(
+            f"{title} saves {len(values)} widget values, but its inputs use only {position} of them. "
+            "Save the workflow again with this version of its pack."
+        )
 
 
 def _declared(info: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, dict[str, Any]]]]:

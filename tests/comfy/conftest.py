@@ -1,4 +1,5 @@
 """ComfyUI in this process, on the CPU, with the pack as the package `flexip_pack` (so that `nodes` is ComfyUI's)."""
+
 from __future__ import annotations
 
 import importlib.util

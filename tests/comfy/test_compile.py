@@ -1,4 +1,5 @@
 """ComfyUI's TorchCompileModel node drops every guard on transformer_options: the picture to fear is a stale one."""
+
 import pytest
 import tiny
 import torch

@@ -2,6 +2,7 @@
 
 Needs a ComfyUI tree in the environment variable COMFYUI_TREE (the folder's conftest puts it on the path).
 """
+
 from __future__ import annotations
 
 import os
@@ -21,13 +22,32 @@ from flexip_pack.flexip_core.images import normalise, prepare
 
 VISION = {"width": 32, "layers": 3, "head_width": 16, "patch_size": 14, "image_size": 56}
 CLIP = ClipConfig("tiny", 24, VISION)
-CORE_CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3,
-             "num_attention_heads": 2, "num_channels": 3, "image_size": 56, "patch_size": 14, "projection_dim": 24,
-             "hidden_act": "gelu"}
+CORE_CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_channels": 3,
+    "image_size": 56,
+    "patch_size": 14,
+    "projection_dim": 24,
+    "hidden_act": "gelu",
+}
 DINO_ARGS = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-CORE_DINO = {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "num_channels": 3, "image_size": 518, "patch_size": 14, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False,
-             "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+CORE_DINO = {
+    "model_type": "dinov2",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_channels": 3,
+    "image_size": 518,
+    "patch_size": 14,
+    "layer_norm_eps": 1e-6,
+    "use_swiglu_ffn": False,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
 
 
 @pytest.fixture(autouse=True)

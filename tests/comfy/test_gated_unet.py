@@ -1,4 +1,5 @@
 """The gated model in ComfyUI's sampling against a naive reference that recomputes everything in every block."""
+
 import comfy.samplers
 import pytest
 import tiny
@@ -32,7 +33,9 @@ def test_output_equals_naive_reference_for_batches_with_and_without_cfg(model, n
     got = tiny.ksample(runtime.attach(model, link), P, N, noise=noise, cfg=cfg)
     expected = tiny.ksample(tiny.naive_attach(model, [link], texts((P, False), (N, True))), P, N, noise=noise, cfg=cfg)
     assert tiny.relative_error(got, expected) < TOLERANCE
-    assert tiny.relative_error(got, tiny.ksample(model, P, N, noise=noise, cfg=cfg)) > 1e-2, "FlexIP must change the picture"
+    assert tiny.relative_error(got, tiny.ksample(model, P, N, noise=noise, cfg=cfg)) > 1e-2, (
+        "FlexIP must change the picture"
+    )
 
 
 @pytest.mark.parametrize("tokens", [(77, 77), (154, 77), (77, 154), (231, 154)])
@@ -40,7 +43,9 @@ def test_long_prompts_of_different_length_share_a_batch(model, network, tokens):
     positive, negative = tiny.cond(1, tokens[0]), tiny.cond(2, tokens[1])
     link = tiny.link_for(network, tiny.tiny_reference())
     got = tiny.ksample(runtime.attach(model, link), positive, negative)
-    expected = tiny.ksample(tiny.naive_attach(model, [link], texts((positive, False), (negative, True))), positive, negative)
+    expected = tiny.ksample(
+        tiny.naive_attach(model, [link], texts((positive, False), (negative, True))), positive, negative
+    )
     assert tiny.relative_error(got, expected) < TOLERANCE
 
 
@@ -58,7 +63,11 @@ def test_cond_and_uncond_may_come_in_either_order_or_apart(model, network, monke
     expected = tiny.ksample(tiny.naive_attach(model, [link], texts((P, False), (N, True))), P, N)
     orders = []
     gated = runtime.attach(model, link)
-    gated.add_wrapper_with_key("apply_model", "spy", lambda executor, *a, **k: (orders.append(tuple(a[5]["cond_or_uncond"])), executor(*a, **k))[1])
+    gated.add_wrapper_with_key(
+        "apply_model",
+        "spy",
+        lambda executor, *a, **k: (orders.append(tuple(a[5]["cond_or_uncond"])), executor(*a, **k))[1],
+    )
     assert tiny.relative_error(tiny.ksample(gated, P, N), expected) < TOLERANCE
     # no free memory: core runs positive and negative in calls of their own
     monkeypatch.setattr(gated.__class__, "get_free_memory", lambda self, device: 0)
@@ -74,7 +83,9 @@ def test_several_texts_in_one_conditioning_go_to_their_rows(model, network):
     link = tiny.link_for(network, tiny.tiny_reference())
     noise = tiny.noise_for(3)
     got = tiny.ksample(runtime.attach(model, link), positive, N, noise=noise)
-    expected = tiny.ksample(tiny.naive_attach(model, [link], texts((positive, False), (N, True))), positive, N, noise=noise)
+    expected = tiny.ksample(
+        tiny.naive_attach(model, [link], texts((positive, False), (N, True))), positive, N, noise=noise
+    )
     assert tiny.relative_error(got, expected) < TOLERANCE
 
 
@@ -89,7 +100,9 @@ def test_gates_per_row_equal_single_runs(model, network):
     reference = tiny.tiny_reference()
     gates = (0.0, 0.25, 0.5, 1.0)
     noise = tiny.noise_for(1)
-    batch = tiny.ksample(runtime.attach(model, tiny.link_for(network, reference, gates)), P, N, noise=noise.repeat(4, 1, 1, 1))
+    batch = tiny.ksample(
+        runtime.attach(model, tiny.link_for(network, reference, gates)), P, N, noise=noise.repeat(4, 1, 1, 1)
+    )
     for row, gate in zip(batch, gates):
         alone = tiny.ksample(runtime.attach(model, tiny.link_for(network, reference, gate)), P, N, noise=noise)
         assert tiny.relative_error(row, alone[0]) < TOLERANCE
@@ -106,7 +119,10 @@ def test_the_ends_of_the_gate_are_one_adapter_alone(model, gate, alone):
     first = tiny.ksample(runtime.attach(model, tiny.link_for(network, tiny.tiny_reference(), gate)), P, N)
     second = tiny.ksample(runtime.attach(model, tiny.link_for(other, tiny.tiny_reference(), gate)), P, N)
     assert torch.equal(first, second)
-    middle = [tiny.ksample(runtime.attach(model, tiny.link_for(n, tiny.tiny_reference(), 0.5)), P, N) for n in (network, other)]
+    middle = [
+        tiny.ksample(runtime.attach(model, tiny.link_for(n, tiny.tiny_reference(), 0.5)), P, N)
+        for n in (network, other)
+    ]
     assert not torch.equal(*middle)
 
 
@@ -132,7 +148,9 @@ def test_outside_start_and_end_is_the_bare_model_bit_for_bit(model, network):
 
 def test_window_and_chain_follow_the_naive_reference(model):
     first = tiny.link_for(tiny.tiny_network(model, "outputs"), tiny.tiny_reference(), 0.3, end_percent=0.6)
-    second = tiny.link_for(tiny.tiny_network(model, "tokens", seed=5), tiny.tiny_reference(11), 0.9, strength=0.5, start_percent=0.4)
+    second = tiny.link_for(
+        tiny.tiny_network(model, "tokens", seed=5), tiny.tiny_reference(11), 0.9, strength=0.5, start_percent=0.4
+    )
     got = tiny.ksample(runtime.attach(runtime.attach(model, first), second), P, N, steps=5)
     expected = tiny.ksample(tiny.naive_attach(model, [first, second], texts((P, False), (N, True))), P, N, steps=5)
     assert tiny.relative_error(got, expected) < TOLERANCE
@@ -147,7 +165,10 @@ def test_every_cross_attention_is_patched_the_middle_included(model, network):
     seen = set()
     for patch in {id(p): p for p in slots.values()}.values():
         original = patch.base_attention
-        patch.base_attention = lambda *a, _address=patch.address, _original=original, **k: (seen.add(_address), _original(*a, **k))[1]
+        patch.base_attention = lambda *a, _address=patch.address, _original=original, **k: (
+            seen.add(_address),
+            _original(*a, **k),
+        )[1]
     gated.model_options["transformer_options"].pop("callbacks", None)
     tiny.ksample(gated, P, N, steps=1)
     assert seen == addresses
@@ -158,7 +179,9 @@ def test_applying_again_on_a_cached_model_leaves_it_as_it_was(model, network):
     bare = tiny.ksample(model, P, N)
     branch = runtime.attach(model, tiny.link_for(network, reference, 0.8))
     first = tiny.ksample(branch, P, N)
-    chained = [tiny.ksample(runtime.attach(branch, tiny.link_for(network, reference, gate)), P, N) for gate in (0.3, 0.9, 0.3)]
+    chained = [
+        tiny.ksample(runtime.attach(branch, tiny.link_for(network, reference, gate)), P, N) for gate in (0.3, 0.9, 0.3)
+    ]
     assert torch.equal(chained[0], chained[2]) and not torch.equal(chained[0], chained[1])
     assert torch.equal(tiny.ksample(model, P, N), bare)
     assert torch.equal(tiny.ksample(branch, P, N), first)
@@ -171,7 +194,9 @@ def test_callbacks_that_a_neighbour_adds_stay_on_its_clone(model, network):
     child = branch.clone()
     slots = child.model_options["transformer_options"]["patches_replace"]["attn2"]
     for patch in {id(p): p for p in slots.values()}.values():
-        patch.add(lambda out, q, k, v, extra_options, weight, **kwargs: q * weight, weight=0.1, sigma_start=1e9, sigma_end=0.0)
+        patch.add(
+            lambda out, q, k, v, extra_options, weight, **kwargs: q * weight, weight=0.1, sigma_start=1e9, sigma_end=0.0
+        )
     assert not torch.equal(tiny.ksample(child, P, N), before)
     assert torch.equal(tiny.ksample(branch, P, N), before)
 

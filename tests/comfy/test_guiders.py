@@ -2,15 +2,17 @@
 
 The naive reference knows the role of each text from the test; ours must find it by itself.
 """
+
 import comfy.context_windows
 import node_helpers
-import nodes
 import pytest
 import tiny
 import torch
 from comfy_extras import nodes_context_windows, nodes_hooks, nodes_pag, nodes_perpneg, nodes_sag
 from comfy_extras import nodes_custom_sampler as custom
 from flexip_pack.nodes import runtime
+
+import nodes
 
 TOLERANCE = 1e-5
 P, N, M, E = (tiny.cond(seed) for seed in (1, 2, 3, 4))
@@ -42,15 +44,30 @@ def check(model, network, run, texts, gate=0.6):
 
 @pytest.mark.parametrize("style", ["regular", "nested"])
 def test_dual_cfg_gives_its_middle_the_null_reference(model, network, style):
-    check(model, network, lambda m: tiny.guide(first(custom.DualCFGGuider.execute(m, P, M, N, 7.0, 5.0, style))), [(P, False), (M, True), (N, True)])
+    check(
+        model,
+        network,
+        lambda m: tiny.guide(first(custom.DualCFGGuider.execute(m, P, M, N, 7.0, 5.0, style))),
+        [(P, False), (M, True), (N, True)],
+    )
 
 
 def test_perp_neg_guider(model, network):
-    check(model, network, lambda m: tiny.guide(first(nodes_perpneg.PerpNegGuider.execute(m, P, N, M, 7.0, 1.0))), [(P, False), (N, True), (M, True)])
+    check(
+        model,
+        network,
+        lambda m: tiny.guide(first(nodes_perpneg.PerpNegGuider.execute(m, P, N, M, 7.0, 1.0))),
+        [(P, False), (N, True), (M, True)],
+    )
 
 
 def test_old_perp_neg_node_whose_own_conditioning_has_no_tag(model, network):
-    check(model, network, lambda m: tiny.ksample(first(nodes_perpneg.PerpNeg.execute(m, M, 1.0)), P, N), [(P, False), (N, True), (M, True)])
+    check(
+        model,
+        network,
+        lambda m: tiny.ksample(first(nodes_perpneg.PerpNeg.execute(m, M, 1.0)), P, N),
+        [(P, False), (N, True), (M, True)],
+    )
 
 
 def test_basic_guider_without_negative(model, network):
@@ -62,11 +79,23 @@ def test_cfg_guider(model, network):
 
 
 def test_perturbed_attention_guidance(model, network):
-    check(model, network, lambda m: tiny.ksample(first(nodes_pag.PerturbedAttentionGuidance.execute(m, 3.0)), P, N), [(P, False), (N, True)])
+    check(
+        model,
+        network,
+        lambda m: tiny.ksample(first(nodes_pag.PerturbedAttentionGuidance.execute(m, 3.0)), P, N),
+        [(P, False), (N, True)],
+    )
 
 
 def test_self_attention_guidance(model, network):
-    check(model, network, lambda m: tiny.ksample(first(nodes_sag.SelfAttentionGuidance.execute(m, 0.5, 2.0)), P, N, noise=tiny.noise_for(1, 16, 16)), [(P, False), (N, True)])
+    check(
+        model,
+        network,
+        lambda m: tiny.ksample(
+            first(nodes_sag.SelfAttentionGuidance.execute(m, 0.5, 2.0)), P, N, noise=tiny.noise_for(1, 16, 16)
+        ),
+        [(P, False), (N, True)],
+    )
 
 
 def area(conditioning):
@@ -87,7 +116,12 @@ def test_mask_prompts_on_one_side(model, network, bounds):
     mask = torch.zeros(1, 16, 16)
     mask[:, :, :8] = 1
     positive = nodes.ConditioningSetMask().append(P, mask, bounds, 1.0)[0] + M
-    check(model, network, lambda m: tiny.ksample(m, positive, N, noise=tiny.noise_for(1, 16, 16)), [(P, False), (M, False), (N, True)])
+    check(
+        model,
+        network,
+        lambda m: tiny.ksample(m, positive, N, noise=tiny.noise_for(1, 16, 16)),
+        [(P, False), (M, False), (N, True)],
+    )
 
 
 def test_combined_prompts(model, network):
@@ -104,13 +138,26 @@ def test_default_conditionings_fill_the_unmasked_rest(model, network):
     mask = torch.zeros(1, 8, 8)
     mask[:, :, :4] = 1
     positive, negative = nodes_hooks.PairConditioningSetProperties().set_properties(P, N, 1.0, "default", mask=mask)
-    positive, negative = nodes_hooks.PairConditioningSetDefaultAndCombine().set_default_and_combine(positive, negative, M, E)
+    positive, negative = nodes_hooks.PairConditioningSetDefaultAndCombine().set_default_and_combine(
+        positive, negative, M, E
+    )
     check(model, network, lambda m: tiny.ksample(m, positive, negative), [(P, False), (N, True), (M, False), (E, True)])
 
 
 def windows(model, length=8):
-    return first(nodes_context_windows.ContextWindowsManualNode.execute(
-        model, 4, 2, comfy.context_windows.ContextSchedules.STATIC_STANDARD, 1, False, comfy.context_windows.ContextFuseMethods.PYRAMID, 0, False))
+    return first(
+        nodes_context_windows.ContextWindowsManualNode.execute(
+            model,
+            4,
+            2,
+            comfy.context_windows.ContextSchedules.STATIC_STANDARD,
+            1,
+            False,
+            comfy.context_windows.ContextFuseMethods.PYRAMID,
+            0,
+            False,
+        )
+    )
 
 
 def test_context_windows_over_the_batch(model, network):
@@ -146,7 +193,14 @@ def test_hooked_lora_on_one_side(model, network):
 
     g = tiny.generator(7)
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_q"
-    hook = comfy.hooks.create_hook_lora({f"{key}.lora_up.weight": torch.randn(32, 2, generator=g) * 0.1, f"{key}.lora_down.weight": torch.randn(2, 32, generator=g) * 0.1}, 1.0, 1.0)
+    hook = comfy.hooks.create_hook_lora(
+        {
+            f"{key}.lora_up.weight": torch.randn(32, 2, generator=g) * 0.1,
+            f"{key}.lora_down.weight": torch.randn(2, 32, generator=g) * 0.1,
+        },
+        1.0,
+        1.0,
+    )
     positive = node_helpers.conditioning_set_values(P, {"hooks": hook}) + M
     check(model, network, lambda m: tiny.ksample(m, positive, N), [(P, False), (M, False), (N, True)])
 
@@ -164,16 +218,25 @@ def test_second_model_of_a_two_model_guider_runs_bare(model, network):
 def rows_in_tile_order(apply_model, arguments):
     """As TiledDiffusion batches: each row of the batch repeated next to the whole chunk sequence, chunks no longer in blocks."""
     x, t, c = arguments["input"], arguments["timestep"], dict(arguments["c"])
-    order = torch.arange(x.shape[0]).view(len(arguments["cond_or_uncond"]), -1).T.flatten()  # row-major instead of chunk-major
-    c = {key: value[order] if isinstance(value, torch.Tensor) and value.shape[:1] == x.shape[:1] else value for key, value in c.items()}
+    order = (
+        torch.arange(x.shape[0]).view(len(arguments["cond_or_uncond"]), -1).T.flatten()
+    )  # row-major instead of chunk-major
+    c = {
+        key: value[order] if isinstance(value, torch.Tensor) and value.shape[:1] == x.shape[:1] else value
+        for key, value in c.items()
+    }
     out = apply_model(x[order], t[order], **c)
     return torch.empty_like(out).index_copy_(0, order, out)
 
 
 def rows_one_by_one(apply_model, arguments):
     x, t, c = arguments["input"], arguments["timestep"], arguments["c"]
-    pick = lambda value, i: value[i:i + 1] if isinstance(value, torch.Tensor) and value.shape[:1] == x.shape[:1] else value  # noqa: E731
-    return torch.cat([apply_model(x[i:i + 1], t[i:i + 1], **{key: pick(value, i) for key, value in c.items()}) for i in range(len(x))])
+
+    def row(value, i):
+        return value[i : i + 1] if isinstance(value, torch.Tensor) and value.shape[:1] == x.shape[:1] else value
+
+    calls = ({key: row(value, i) for key, value in c.items()} for i in range(len(x)))
+    return torch.cat([apply_model(row(x, i), row(t, i), **call) for i, call in enumerate(calls)])
 
 
 @pytest.mark.parametrize("wrapper", [rows_in_tile_order, rows_one_by_one])
@@ -182,7 +245,9 @@ def test_packs_that_reorder_or_split_the_batch_keep_every_rows_reference_and_gat
     noise = tiny.noise_for(2)
     positive = tiny.cond(1, batch=2)
     link = tiny.link_for(network, tiny.tiny_reference(), gate)
-    expected = tiny.ksample(tiny.naive_attach(model, [link], [(positive[0][0], False), (N[0][0], True)]), positive, N, noise=noise)
+    expected = tiny.ksample(
+        tiny.naive_attach(model, [link], [(positive[0][0], False), (N[0][0], True)]), positive, N, noise=noise
+    )
     wrapped = runtime.attach(model, link)
     wrapped.set_model_unet_function_wrapper(wrapper)
     assert tiny.relative_error(tiny.ksample(wrapped, positive, N, noise=noise), expected) < TOLERANCE
@@ -200,7 +265,9 @@ def test_many_prompts_over_time_keep_a_bounded_number_of_layouts_on_the_device(m
 
     most = []
     original = core_run.LinkRun.branches
-    monkeypatch.setattr(core_run.LinkRun, "branches", lambda self, *args: (original(self, *args), most.append(len(self._assembled)))[0])
+    monkeypatch.setattr(
+        core_run.LinkRun, "branches", lambda self, *args: (original(self, *args), most.append(len(self._assembled)))[0]
+    )
     setter = nodes.ConditioningSetTimestepRange()
     schedule = [part for i in range(10) for part in setter.set_range(tiny.cond(20 + i), i / 10, (i + 1) / 10)[0]]
     tiny.ksample(runtime.attach(model, tiny.link_for(network, tiny.tiny_reference())), schedule, N, steps=10)

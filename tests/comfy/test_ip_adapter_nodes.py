@@ -1,4 +1,5 @@
 """IP-Adapter files through the real nodes: small stand-ins for the public files, with bases and CLIP towers of their size."""
+
 from __future__ import annotations
 
 import os
@@ -31,11 +32,21 @@ TEXT = 64
 P, N = tiny.cond(1), tiny.cond(2)
 TEXTS = [(P[0][0], False), (N[0][0], True)]
 # The clips "A" and "B" play ViT-H and bigG: every width of theirs differs.
-CORE = {"A": CORE_CLIP, "B": {**CORE_CLIP, "hidden_size": 48, "intermediate_size": 192, "num_attention_heads": 3, "projection_dim": 40}}
-CLIPS = {"A": ClipConfig("clip A", 24, dict(width=32, layers=3, head_width=16, patch_size=14, image_size=56)),
-         "B": ClipConfig("clip B", 40, dict(width=48, layers=3, head_width=16, patch_size=14, image_size=56))}
-MAKE = {("plain", "A"): (public.plain, 24, TEXT), ("plain", "B"): (public.plain, 40, TEXT), ("plus", "A"): (public.plus, 32, TEXT, 128, 3, 5),
-        ("plus", "B"): (public.plus, 48, TEXT, 64, 2, 4), ("full face", "A"): (public.full, 32, TEXT)}
+CORE = {
+    "A": CORE_CLIP,
+    "B": {**CORE_CLIP, "hidden_size": 48, "intermediate_size": 192, "num_attention_heads": 3, "projection_dim": 40},
+}
+CLIPS = {
+    "A": ClipConfig("clip A", 24, dict(width=32, layers=3, head_width=16, patch_size=14, image_size=56)),
+    "B": ClipConfig("clip B", 40, dict(width=48, layers=3, head_width=16, patch_size=14, image_size=56)),
+}
+MAKE = {
+    ("plain", "A"): (public.plain, 24, TEXT),
+    ("plain", "B"): (public.plain, 40, TEXT),
+    ("plus", "A"): (public.plus, 32, TEXT, 128, 3, 5),
+    ("plus", "B"): (public.plus, 48, TEXT, 64, 2, 4),
+    ("full face", "A"): (public.full, 32, TEXT),
+}
 ENCODED_WIDTH = {"plain": {"A": 24, "B": 40}, "plus": {"A": 32, "B": 48}, "full face": {"A": 32}}
 
 
@@ -51,7 +62,10 @@ def file_blocks(model) -> dict[str, int]:
 
 
 def tensors_of(family: str, clip: str, blocks: dict[str, int], seed: int) -> dict[str, torch.Tensor]:
-    shapes = {f"image_proj.{key}": tuple(value.shape) for key, value in public.public_image_proj(MAKE[family, clip][0](*MAKE[family, clip][1:])).items()}
+    shapes = {
+        f"image_proj.{key}": tuple(value.shape)
+        for key, value in public.public_image_proj(MAKE[family, clip][0](*MAKE[family, clip][1:])).items()
+    }
     for number, width in enumerate(blocks.values()):
         shapes |= {f"ip_adapter.{2 * number + 1}.to_{kind}_ip.weight": (width, TEXT) for kind in "kv"}
     return public.random_tensors(shapes, seed)
@@ -65,12 +79,18 @@ def world(models, model, monkeypatch):
     def tower(family, width):
         return CLIPS[next(clip for clip, known in ENCODED_WIDTH[family.name].items() if known == width)]
 
-    monkeypatch.setattr(ip_adapter, "BASES", {"tiny": (TEXT, blocks), "other": (TEXT, {address: 2 * width for address, width in blocks.items()})})
+    monkeypatch.setattr(
+        ip_adapter,
+        "BASES",
+        {"tiny": (TEXT, blocks), "other": (TEXT, {address: 2 * width for address, width in blocks.items()})},
+    )
     monkeypatch.setattr(ip_adapter, "_tower", tower)
     return models
 
 
-def write_adapter(world, name: str, family: str, clip: str = "A", seed: int = 0, base: str = "tiny", folder: str = "ipadapter") -> str:
+def write_adapter(
+    world, name: str, family: str, clip: str = "A", seed: int = 0, base: str = "tiny", folder: str = "ipadapter"
+) -> str:
     path = world / folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = tensors_of(family, clip, ip_adapter.BASES[base][1], seed)
@@ -80,7 +100,9 @@ def write_adapter(world, name: str, family: str, clip: str = "A", seed: int = 0,
 
 def write_encoder(world, name: str, clip: str, seed: int = 1):
     core = core_encoder(CORE[clip], seed)
-    save_file({key: value.clone().contiguous() for key, value in core.get_sd().items()}, world / files.ENCODER_FOLDER / name)
+    save_file(
+        {key: value.clone().contiguous() for key, value in core.get_sd().items()}, world / files.ENCODER_FOLDER / name
+    )
     return core
 
 
@@ -88,7 +110,13 @@ def write_encoder(world, name: str, clip: str, seed: int = 1):
 def pair_world(world):
     """One file per family and clip, both encoders; names say what is in them, which nothing may depend on."""
     for number, (family, clip) in enumerate(MAKE):
-        write_adapter(world, f"{family} {clip}.{'bin' if number % 2 else 'safetensors'}".replace(" ", "-"), family, clip, seed=number)
+        write_adapter(
+            world,
+            f"{family} {clip}.{'bin' if number % 2 else 'safetensors'}".replace(" ", "-"),
+            family,
+            clip,
+            seed=number,
+        )
     for seed, clip in enumerate(CORE, 1):
         write_encoder(world, f"encoder {clip}.safetensors", clip, seed)
     return world
@@ -106,8 +134,17 @@ def gated_by(model, preservation, personalization="auto", gate=0.6, strength=1.0
     return apply(model, adapters, encode(adapters, picture(batch=2), **encoders).args[0], gate, strength)
 
 
-@pytest.mark.parametrize("preservation, personalization", [
-    (PLUS, PLAIN), (PLAIN, PLUS), ("plus-A.safetensors", "plain-B.bin"), ("plain-B.bin", "plus-A.safetensors"), ("plus-B.bin", "full-face-A.safetensors"), (PLUS, PLUS)])
+@pytest.mark.parametrize(
+    "preservation, personalization",
+    [
+        (PLUS, PLAIN),
+        (PLAIN, PLUS),
+        ("plus-A.safetensors", "plain-B.bin"),
+        ("plain-B.bin", "plus-A.safetensors"),
+        ("plus-B.bin", "full-face-A.safetensors"),
+        (PLUS, PLUS),
+    ],
+)
 def test_mixed_pairs_equal_the_naive_reference(pair_world, model, preservation, personalization):
     gated = gated_by(model, preservation, personalization, gate=0.35, strength=0.8)
     expected = tiny.ksample(tiny.naive_attach(model, list(runtime.links_of(gated)), TEXTS), P, N)
@@ -120,7 +157,10 @@ def test_the_ends_of_the_gate_are_one_file_alone(pair_world, model, names):
     weight = 0.7
     for gate, name in zip((1.0, 0.0), names):
         alone = tiny.ksample(gated_by(model, name, gate=1.0, strength=weight), P, N)
-        assert tiny.relative_error(tiny.ksample(gated_by(model, *names, gate=gate, strength=weight), P, N), alone) < TOLERANCE
+        assert (
+            tiny.relative_error(tiny.ksample(gated_by(model, *names, gate=gate, strength=weight), P, N), alone)
+            < TOLERANCE
+        )
     other = tiny.ksample(gated_by(model, *names, gate=0.5, strength=weight), P, N)
     assert tiny.relative_error(other, alone) > 1e-2
 
@@ -132,9 +172,13 @@ def before_to_out(gated, model) -> dict[str, torch.Tensor]:
     def catcher(address: str):
         def hook(module, inputs):
             caught.setdefault(address, inputs[0].clone())
+
         return hook
 
-    hooks = [attention.to_out.register_forward_pre_hook(catcher(address)) for address, attention in unet.cross_attentions(model.model.diffusion_model).items()]
+    hooks = [
+        attention.to_out.register_forward_pre_hook(catcher(address))
+        for address, attention in unet.cross_attentions(model.model.diffusion_model).items()
+    ]
     tiny.ksample(gated, P, N, steps=1)
     for hook in hooks:
         hook.remove()
@@ -161,8 +205,14 @@ def test_the_gate_scales_one_file_alone(pair_world, model):
 def test_two_encoders_serve_two_files(pair_world):
     adapters = load(PLUS, "plain-B.bin")
     reference = encode(adapters, picture()).args[0]
-    assert {name: value.shape[-1] for name, value in reference.features.items()} == {"preservation": 32, "personalization": 40}
-    assert reference.encoders == "clip A from encoder A.safetensors, clip B from encoder B.safetensors" and len(adapters.towers) == 2
+    assert {name: value.shape[-1] for name, value in reference.features.items()} == {
+        "preservation": 32,
+        "personalization": 40,
+    }
+    assert (
+        reference.encoders == "clip A from encoder A.safetensors, clip B from encoder B.safetensors"
+        and len(adapters.towers) == 2
+    )
     managed = {id(loaded.model.model) for loaded in mm.current_loaded_models if loaded.model is not None}
     assert {id(patcher.model) for patcher in adapters.towers.values()} <= managed
     for role, name in (("preservation", PLUS), ("personalization", "plain-B.bin")):
@@ -175,8 +225,14 @@ def test_two_encoders_serve_two_files(pair_world):
 def test_a_chosen_encoder_file_serves_what_it_fits_and_the_rest_is_found(pair_world):
     write_encoder(pair_world, "z other A.safetensors", "A", seed=9)
     adapters = load(PLUS, "plain-B.bin", clip_vision="z other A.safetensors")
-    assert encode(adapters, picture()).args[0].encoders == "clip A from z other A.safetensors, clip B from encoder B.safetensors"
-    with pytest.raises(ValueError, match="LoadFlexIPAdapters: encoder B.safetensors is CLIP.*48 wide.*these adapters need CLIP.*32 wide"):
+    assert (
+        encode(adapters, picture()).args[0].encoders
+        == "clip A from z other A.safetensors, clip B from encoder B.safetensors"
+    )
+    with pytest.raises(
+        ValueError,
+        match="LoadFlexIPAdapters: encoder B.safetensors is CLIP.*48 wide.*these adapters need CLIP.*32 wide",
+    ):
         load(PLUS, clip_vision="encoder B.safetensors")
 
 
@@ -184,15 +240,22 @@ def test_one_encoder_serves_two_files_that_want_the_same(pair_world):
     adapters = load(PLUS, PLAIN)
     reference = encode(adapters, picture(batch=2)).args[0]
     assert reference.encoders == "clip A from encoder A.safetensors" and len(adapters.towers) == 1
-    assert reference.features["preservation"].shape == (2, 17, 32) and reference.features["personalization"].shape == (2, 24)
+    assert reference.features["preservation"].shape == (2, 17, 32) and reference.features["personalization"].shape == (
+        2,
+        24,
+    )
 
 
 def test_features_are_cores_own(pair_world):
     core = core_encoder(CORE["A"], 1)  # as in "encoder A"
     reference = encode(load(PLUS, PLAIN), picture(3, 56, 56)).args[0]
     theirs = core.encode_image(picture(3, 56, 56))
-    torch.testing.assert_close(reference.features["preservation"], theirs["penultimate_hidden_states"].float(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(reference.features["personalization"], theirs["image_embeds"].float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        reference.features["preservation"], theirs["penultimate_hidden_states"].float(), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        reference.features["personalization"], theirs["image_embeds"].float(), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_wired_clip_vision_serves_what_it_fits_and_files_the_rest(pair_world):
@@ -210,7 +273,9 @@ def test_a_wired_clip_vision_is_enough_without_files(world):
     write_adapter(world, PLUS, "plus")
     wired = core_encoder(CORE["A"], 5)
     assert encode(load(PLUS), picture(), clip=wired).args[0].features["preservation"].shape == (1, 17, 32)
-    with pytest.raises(ValueError, match="EncodeReference: .*clip_vision socket is CLIP.*48 wide.*these adapters need CLIP.*32 wide"):
+    with pytest.raises(
+        ValueError, match="EncodeReference: .*clip_vision socket is CLIP.*48 wide.*these adapters need CLIP.*32 wide"
+    ):
         encode(load(PLUS), picture(), clip=core_encoder(CORE["B"], 5))
 
 
@@ -218,7 +283,10 @@ def test_without_a_fitting_encoder_the_message_says_which_one_and_what_was_looke
     write_adapter(world, PLUS, "plus")
     write_encoder(world, "b.safetensors", "B")
     save_file({"x": torch.zeros(2)}, world / files.ENCODER_FOLDER / "a.safetensors")
-    with pytest.raises(ValueError, match=r"EncodeReference: these adapters want CLIP .*\(32 wide.*embedding 24\).*a\.safetensors \(not an image encoder.*b\.safetensors \(CLIP.*48 wide"):
+    with pytest.raises(
+        ValueError,
+        match=r"EncodeReference: these adapters want CLIP .*\(32 wide.*embedding 24\).*a\.safetensors \(not an image encoder.*b\.safetensors \(CLIP.*48 wide",
+    ):
         encode(load(PLUS), picture())
 
 
@@ -228,7 +296,9 @@ def test_files_of_both_folders_are_offered(world):
     write_adapter(world, "three.safetensors", "plain", folder="flexip")
     inputs = {item.id: item for item in LoadFlexIPAdapters.define_schema().inputs}
     expected = {"one.safetensors", os.path.join("deep", "two.bin"), "three.safetensors"}
-    assert set(inputs["preservation"].options) == expected and set(inputs["personalization"].options) == expected | {"auto"}
+    assert set(inputs["preservation"].options) == expected and set(inputs["personalization"].options) == expected | {
+        "auto"
+    }
     assert load("three.safetensors").network.kinds == ("IP-Adapter plain for tiny",)
 
 
@@ -259,21 +329,33 @@ def test_titles_and_the_report_name_family_and_file(pair_world, model):
 def test_the_wrong_base_is_refused_by_naming_both(pair_world, model):
     write_adapter(pair_world, "wide.safetensors", "plus", base="other")
     adapters = load("wide.safetensors")
-    with pytest.raises(ValueError, match=r"ApplyFlexIPGate: wide.safetensors \(IP-Adapter plus for other\) was made for other .*but the model \(BaseModel\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"ApplyFlexIPGate: wide.safetensors \(IP-Adapter plus for other\) was made for other .*but the model \(BaseModel\)",
+    ):
         apply(model, adapters, encode(adapters, picture()).args[0], 0.5)
-    with pytest.raises(ValueError, match="LoadFlexIPAdapters: plus-A.safetensors is an IP-Adapter plus for tiny but wide.safetensors is an IP-Adapter plus for other"):
+    with pytest.raises(
+        ValueError,
+        match="LoadFlexIPAdapters: plus-A.safetensors is an IP-Adapter plus for tiny but wide.safetensors is an IP-Adapter plus for other",
+    ):
         load(PLUS, "wide.safetensors")
 
 
 def test_a_reference_for_another_pair_is_refused(pair_world, model):
     adapters, other = load(PLUS, PLAIN), load(PLAIN, PLUS)
-    with pytest.raises(ValueError, match=r"ApplyFlexIPGate: .*preservation from clip A 56 px \(32 wide\), personalization .*\(24 wide\), but .*: preservation .*\(24 wide\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"ApplyFlexIPGate: .*preservation from clip A 56 px \(32 wide\), personalization .*\(24 wide\), but .*: preservation .*\(24 wide\)",
+    ):
         apply(model, adapters, encode(other, picture()).args[0], 0.5)
 
 
 def test_a_flexip_file_as_second_file_is_a_sentence(pair_world):
     mini.make_mini_flexip(pair_world / "flexip" / "native.safetensors")
-    with pytest.raises(ValueError, match="LoadFlexIPAdapters: native.safetensors is a FlexIP file and holds both adapters; choose it as preservation"):
+    with pytest.raises(
+        ValueError,
+        match="LoadFlexIPAdapters: native.safetensors is a FlexIP file and holds both adapters; choose it as preservation",
+    ):
         load(PLUS, "native.safetensors")
 
 
@@ -291,9 +373,26 @@ def test_a_second_run_reads_no_adapter_again(pair_world, model):
 # --- one property over all of it ---
 
 DTYPES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-SDXL_SIZES = dict(image_size=32, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[1, 1], channel_mult=[1, 2], transformer_depth=[0, 2], transformer_depth_middle=2,
-                  transformer_depth_output=[0, 0, 2, 1], context_dim=TEXT, use_linear_in_transformer=True, use_spatial_transformer=True, legacy=False, adm_in_channels=2816,
-                  num_classes="sequential", use_temporal_attention=False, num_heads=-1, num_head_channels=16)
+SDXL_SIZES = dict(
+    image_size=32,
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    num_res_blocks=[1, 1],
+    channel_mult=[1, 2],
+    transformer_depth=[0, 2],
+    transformer_depth_middle=2,
+    transformer_depth_output=[0, 0, 2, 1],
+    context_dim=TEXT,
+    use_linear_in_transformer=True,
+    use_spatial_transformer=True,
+    legacy=False,
+    adm_in_channels=2816,
+    num_classes="sequential",
+    use_temporal_attention=False,
+    num_heads=-1,
+    num_head_channels=16,
+)
 
 
 def base_model(base: str, dtype: torch.dtype):
@@ -306,7 +405,9 @@ def base_model(base: str, dtype: torch.dtype):
     g = tiny.generator(0)
     with torch.no_grad():
         for name, p in made.diffusion_model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * 0.5 / p[0].numel() ** 0.5) if p.dim() > 1 else p.fill_(float(name.endswith("weight")))
+            p.copy_(torch.randn(p.shape, generator=g) * 0.5 / p[0].numel() ** 0.5) if p.dim() > 1 else p.fill_(
+                float(name.endswith("weight"))
+            )
     return comfy.model_patcher.ModelPatcher(made, load_device=tiny.CPU, offload_device=tiny.CPU)
 
 
@@ -326,27 +427,52 @@ def random_adapter(family: str, clip: str, model, seed: int) -> SingleAdapter:
     known = next(f for f in ip_adapter.FAMILIES if f.name == family)
     blocks = file_blocks(model)
     file = IPAdapterFile(known, "tiny", TEXT, blocks, CLIPS[clip], ENCODED_WIDTH[family][clip])
-    return SingleAdapter(file, tensors_of(family, clip, blocks, seed), comfy.ops.manual_cast).eval().requires_grad_(False)
+    return (
+        SingleAdapter(file, tensors_of(family, clip, blocks, seed), comfy.ops.manual_cast).eval().requires_grad_(False)
+    )
 
 
 def random_reference(pair: IPAdapterPair, seed: int) -> Reference:
     g = tiny.generator(seed)
     shapes = {need.name: (2, need.width) if need.kind == "embedding" else (2, 17, need.width) for need in pair.needs()}
     features = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-    return Reference(features, {need.name: torch.zeros(shapes[need.name]) if need.null == "zeros" else torch.randn(shapes[need.name], generator=g) for need in pair.needs()}, "random")
+    return Reference(
+        features,
+        {
+            need.name: torch.zeros(shapes[need.name])
+            if need.null == "zeros"
+            else torch.randn(shapes[need.name], generator=g)
+            for need in pair.needs()
+        },
+        "random",
+    )
 
 
 @settings(max_examples=24, deadline=None)
-@given(base=st.sampled_from(["SD1.5", "SDXL"]), first=st.sampled_from(sorted(MAKE)), second=st.sampled_from(sorted(MAKE)), dtype=st.sampled_from(list(DTYPES)),
-       batch=st.integers(1, 3), cfg=st.sampled_from([1.0, 5.0]), gate=st.floats(0, 1), strength=st.floats(0.1, 1.5), seed=st.integers(0, 1000))
-def test_any_pair_on_any_base_in_any_precision_equals_the_naive_reference(base, first, second, dtype, batch, cfg, gate, strength, seed):
+@given(
+    base=st.sampled_from(["SD1.5", "SDXL"]),
+    first=st.sampled_from(sorted(MAKE)),
+    second=st.sampled_from(sorted(MAKE)),
+    dtype=st.sampled_from(list(DTYPES)),
+    batch=st.integers(1, 3),
+    cfg=st.sampled_from([1.0, 5.0]),
+    gate=st.floats(0, 1),
+    strength=st.floats(0.1, 1.5),
+    seed=st.integers(0, 1000),
+)
+def test_any_pair_on_any_base_in_any_precision_equals_the_naive_reference(
+    base, first, second, dtype, batch, cfg, gate, strength, seed
+):
     low, exact = models_of(base, dtype)
     pair = IPAdapterPair(random_adapter(*first, low, seed), random_adapter(*second, low, seed + 1))
     link = tiny.link_for(pair, random_reference(pair, seed), gate, strength=strength)
     pooled = {"pooled_output": torch.randn(1, 1280, generator=tiny.generator(seed))}
-    positive, negative = ([[tensor, pooled]] for (tensor, _), in (P, N))
+    positive, negative = ([[tensor, pooled]] for ((tensor, _),) in (P, N))
     seen = set()
-    hooks = [attention.to_out.register_forward_pre_hook(lambda module, inputs: seen.add(inputs[0].dtype)) for attention in unet.cross_attentions(low.model.diffusion_model).values()]
+    hooks = [
+        attention.to_out.register_forward_pre_hook(lambda module, inputs: seen.add(inputs[0].dtype))
+        for attention in unet.cross_attentions(low.model.diffusion_model).values()
+    ]
     noise = tiny.noise_for(batch)
     got = tiny.ksample(runtime.attach(low, link), positive, negative, steps=1, cfg=cfg, noise=noise)
     for hook in hooks:

@@ -3,6 +3,7 @@
 Our side is the real way: a gated model sampled by ComfyUI with CFG. The UNet's inputs and outputs and the output of every
 cross-attention are caught there, and diffusers is run on the very same inputs. Weights go through ComfyUI's own converter.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -31,7 +32,9 @@ from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 TOLERANCE = 1e-4
-SIZES = dict(original_height=512, original_width=640, crop_h=16, crop_w=8, target_height=768, target_width=1024)  # SDXL's, all different
+SIZES = dict(
+    original_height=512, original_width=640, crop_h=16, crop_w=8, target_height=768, target_width=1024
+)  # SDXL's, all different
 
 NARROW = {"plain": (public.plain, 24, 64), "plus": (public.plus, 32, 64, 128, 3, 5), "full face": (public.full, 32, 64)}
 
@@ -44,19 +47,34 @@ class Case:
 
 
 NARROW_CASES = {
-    "SD1.5, all 16 blocks": Case("SD1.5", {**public.SD15, "block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 64}, NARROW),
-    "SDXL, all 70 blocks": Case("SDXL", {**public.SDXL, "block_out_channels": (32, 64, 128), "attention_head_dim": (2, 4, 8), "cross_attention_dim": 64}, NARROW),
+    "SD1.5, all 16 blocks": Case(
+        "SD1.5", {**public.SD15, "block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 64}, NARROW
+    ),
+    "SDXL, all 70 blocks": Case(
+        "SDXL",
+        {
+            **public.SDXL,
+            "block_out_channels": (32, 64, 128),
+            "attention_head_dim": (2, 4, 8),
+            "cross_attention_dim": 64,
+        },
+        NARROW,
+    ),
 }
 FULL_SD15 = Case("SD1.5", public.SD15, {"plain": (public.plain, 1024, 768), "plus": (public.plus, 1280, 768, 768, 12)})
-WIDE_SDXL = Case("SDXL", {**public.SDXL, "layers_per_block": 1, "transformer_layers_per_block": (1, 1, 2)},
-                 {"plain": (public.plain, 1280, 2048), "plus": (public.plus, 1280, 2048, 1280, 20)})
+WIDE_SDXL = Case(
+    "SDXL",
+    {**public.SDXL, "layers_per_block": 1, "transformer_layers_per_block": (1, 1, 2)},
+    {"plain": (public.plain, 1280, 2048), "plus": (public.plus, 1280, 2048, 1280, 20)},
+)
 
 
 def random_unet(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     """diffusers' state dict; values that fp16 holds, so that both sides can make their fp32 copy of it, one after the other."""
     g = torch.Generator().manual_seed(seed)
     return {
-        key: (torch.randn(value.shape, generator=g) * (0.5 / value[0].numel() ** 0.5)).half() if value.dim() > 1
+        key: (torch.randn(value.shape, generator=g) * (0.5 / value[0].numel() ** 0.5)).half()
+        if value.dim() > 1
         else torch.full(value.shape, float("norm" in key and key.endswith("weight"))).half()
         for key, value in public.unet_on_meta(config).state_dict().items()
     }
@@ -75,12 +93,30 @@ def comfy_config(config: dict) -> dict:
     depths = config.get("transformer_layers_per_block", (1,) * len(widths))
     depths = [depth if kind.startswith("CrossAttn") else 0 for kind, depth in zip(config["down_block_types"], depths)]
     xl = "addition_embed_type" in config
-    heads = {"num_head_channels": widths[0] // config["attention_head_dim"][0]} if xl else {"num_heads": config["attention_head_dim"]}
+    heads = (
+        {"num_head_channels": widths[0] // config["attention_head_dim"][0]}
+        if xl
+        else {"num_heads": config["attention_head_dim"]}
+    )
     return dict(
-        image_size=32, in_channels=4, out_channels=4, model_channels=widths[0], channel_mult=[w // widths[0] for w in widths], num_res_blocks=[layers] * len(widths),
-        transformer_depth=[d for d in depths for _ in range(layers)], transformer_depth_output=[d for d in depths for _ in range(layers + 1)],
-        transformer_depth_middle=max(depths), context_dim=config["cross_attention_dim"], use_linear_in_transformer=xl, use_spatial_transformer=True, legacy=False,
-        use_temporal_attention=False, adm_in_channels=config["projection_class_embeddings_input_dim"] if xl else None, **({"num_classes": "sequential"} if xl else {}), **heads)
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        model_channels=widths[0],
+        channel_mult=[w // widths[0] for w in widths],
+        num_res_blocks=[layers] * len(widths),
+        transformer_depth=[d for d in depths for _ in range(layers)],
+        transformer_depth_output=[d for d in depths for _ in range(layers + 1)],
+        transformer_depth_middle=max(depths),
+        context_dim=config["cross_attention_dim"],
+        use_linear_in_transformer=xl,
+        use_spatial_transformer=True,
+        legacy=False,
+        use_temporal_attention=False,
+        adm_in_channels=config["projection_class_embeddings_input_dim"] if xl else None,
+        **({"num_classes": "sequential"} if xl else {}),
+        **heads,
+    )
 
 
 def comfy_model(case: Case, weights: dict[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
@@ -88,7 +124,9 @@ def comfy_model(case: Case, weights: dict[str, torch.Tensor]) -> comfy.model_pat
     if case.config in (public.SD15, public.SDXL):
         return comfy.sd.load_diffusion_model_state_dict(dict(weights), {"dtype": torch.float32})
     words = comfy_config(case.config)
-    supported = {"SD1.5": comfy.supported_models.SD15, "SDXL": comfy.supported_models.SDXL}[case.base]({**words, "dtype": torch.float32})
+    supported = {"SD1.5": comfy.supported_models.SD15, "SDXL": comfy.supported_models.SDXL}[case.base](
+        {**words, "dtype": torch.float32}
+    )
     supported.unet_config.update(words)  # its class puts 64 channels per head, whatever the width
     supported.set_inference_dtype(torch.float32, None)
     model = supported.get_model({}, "", device=tiny.CPU)
@@ -112,7 +150,14 @@ def our_adapters(case: Case, tensors: dict[str, dict], model, tmp_path) -> dict[
             continue
         made = case.projections[family]
         blocks = {address: widths[address] for address in file_order(widths)}
-        file = IPAdapterFile(next(f for f in ip_adapter.FAMILIES if f.name == family), case.base, text_width, blocks, ClipConfig("tiny", 24), made[1])
+        file = IPAdapterFile(
+            next(f for f in ip_adapter.FAMILIES if f.name == family),
+            case.base,
+            text_width,
+            blocks,
+            ClipConfig("tiny", 24),
+            made[1],
+        )
         adapters[family] = SingleAdapter(file, values).eval().requires_grad_(False)
     return adapters
 
@@ -120,13 +165,26 @@ def our_adapters(case: Case, tensors: dict[str, dict], model, tmp_path) -> dict[
 def features(case: Case, family: str, seed: int, pictures: int = 2) -> torch.Tensor:
     """(pictures, width) or (pictures, tokens, width)"""
     width = case.projections[family][1]
-    return torch.randn((pictures, width) if family == "plain" else (pictures, 17, width), generator=tiny.generator(seed))
+    return torch.randn(
+        (pictures, width) if family == "plain" else (pictures, 17, width), generator=tiny.generator(seed)
+    )
 
 
 def conditionings(case: Case) -> tuple[list, list]:
-    extra = dict(height=SIZES["original_height"], width=SIZES["original_width"], **{key: SIZES[key] for key in ("crop_h", "crop_w", "target_height", "target_width")})
-    return tuple([[torch.randn(1, 77, case.config["cross_attention_dim"], generator=tiny.generator(seed)),
-                   {"pooled_output": torch.randn(1, 1280, generator=tiny.generator(seed + 50)), **extra}]] for seed in (1, 2))
+    extra = dict(
+        height=SIZES["original_height"],
+        width=SIZES["original_width"],
+        **{key: SIZES[key] for key in ("crop_h", "crop_w", "target_height", "target_width")},
+    )
+    return tuple(
+        [
+            [
+                torch.randn(1, 77, case.config["cross_attention_dim"], generator=tiny.generator(seed)),
+                {"pooled_output": torch.randn(1, 1280, generator=tiny.generator(seed + 50)), **extra},
+            ]
+        ]
+        for seed in (1, 2)
+    )
 
 
 def sample_and_catch(gated, case: Case) -> SimpleNamespace:
@@ -134,14 +192,24 @@ def sample_and_catch(gated, case: Case) -> SimpleNamespace:
     caught = SimpleNamespace(blocks={})
 
     def spy(executor, x, timesteps, context, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
-        caught.x, caught.t, caught.context, caught.y, caught.chunks = x.clone(), timesteps.clone(), context.clone(), y, transformer_options["cond_or_uncond"]
+        caught.x, caught.t, caught.context, caught.y, caught.chunks = (
+            x.clone(),
+            timesteps.clone(),
+            context.clone(),
+            y,
+            transformer_options["cond_or_uncond"],
+        )
         caught.output = executor(x, timesteps, context, y, control, transformer_options, **kwargs).clone()
         return caught.output
 
     gated = gated.clone()
     gated.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "spy", spy)
-    hooks = [attention.to_out.register_forward_hook(lambda module, inputs, output, address=address: caught.blocks.__setitem__(address, output.clone()))
-             for address, attention in unet.cross_attentions(gated.model.diffusion_model).items()]
+    hooks = [
+        attention.to_out.register_forward_hook(
+            lambda module, inputs, output, address=address: caught.blocks.__setitem__(address, output.clone())
+        )
+        for address, attention in unet.cross_attentions(gated.model.diffusion_model).items()
+    ]
     positive, negative = conditionings(case)
     tiny.ksample(gated, positive, negative, steps=1, noise=tiny.noise_for(1, 16, 16))
     for hook in hooks:
@@ -150,15 +218,23 @@ def sample_and_catch(gated, case: Case) -> SimpleNamespace:
     return caught
 
 
-def run_diffusers(model: UNet2DConditionModel, case: Case, caught: SimpleNamespace, embeds: list[tuple], scales: list[float]) -> SimpleNamespace:
+def run_diffusers(
+    model: UNet2DConditionModel, case: Case, caught: SimpleNamespace, embeds: list[tuple], scales: list[float]
+) -> SimpleNamespace:
     """`embeds`: per adapter its features of the reference and of the null reference."""
     result = SimpleNamespace(blocks=[])
     for processor in model.attn_processors.values():
         if isinstance(processor, IPAdapterAttnProcessor2_0):
             processor.scale = list(scales)
-    hooks = [model.get_submodule(f"{name}.to_out.0").register_forward_hook(lambda module, inputs, output: result.blocks.append((module, output)))
-             for name in public.cross_attention_names(model)]
-    added = {"image_embeds": [torch.stack([(positive, null)[chunk] for chunk in caught.chunks]) for positive, null in embeds]}
+    hooks = [
+        model.get_submodule(f"{name}.to_out.0").register_forward_hook(
+            lambda module, inputs, output: result.blocks.append((module, output))
+        )
+        for name in public.cross_attention_names(model)
+    ]
+    added = {
+        "image_embeds": [torch.stack([(positive, null)[chunk] for chunk in caught.chunks]) for positive, null in embeds]
+    }
     if case.base == "SDXL":
         pooled = [conditionings(case)[chunk][0][1]["pooled_output"] for chunk in caught.chunks]
         added |= {"text_embeds": torch.cat(pooled), "time_ids": torch.tensor([list(map(float, SIZES.values()))] * 2)}
@@ -166,7 +242,9 @@ def run_diffusers(model: UNet2DConditionModel, case: Case, caught: SimpleNamespa
     for hook in hooks:
         hook.remove()
     outputs = {id(module): output for module, output in result.blocks}
-    result.blocks = [outputs[id(model.get_submodule(f"{name}.to_out.0"))] for name in public.cross_attention_names(model)]
+    result.blocks = [
+        outputs[id(model.get_submodule(f"{name}.to_out.0"))] for name in public.cross_attention_names(model)
+    ]
     return result
 
 
@@ -180,7 +258,11 @@ class Setting:
     strength: float
 
     def scales(self, families: list[str]) -> list[float]:
-        return [self.strength * ((family == self.preservation) * self.gate + (family == self.personalization) * (1 - self.gate)) for family in families]
+        return [
+            self.strength
+            * ((family == self.preservation) * self.gate + (family == self.personalization) * (1 - self.gate))
+            for family in families
+        ]
 
 
 def compare(case: Case, settings: list[Setting], tmp_path) -> None:
@@ -188,41 +270,71 @@ def compare(case: Case, settings: list[Setting], tmp_path) -> None:
     families = list(case.projections)
     weights = random_unet(case.config)
     meta = public.unet_on_meta(case.config)
-    tensors = {family: public.random_tensors(public.public_shapes(public.on_meta(*made), meta), seed) for seed, (family, made) in enumerate(case.projections.items(), 10)}
-    positive, null = ({family: features(case, family, seed + n) for n, family in enumerate(families)} for seed in (30, 40))
+    tensors = {
+        family: public.random_tensors(public.public_shapes(public.on_meta(*made), meta), seed)
+        for seed, (family, made) in enumerate(case.projections.items(), 10)
+    }
+    positive, null = (
+        {family: features(case, family, seed + n) for n, family in enumerate(families)} for seed in (30, 40)
+    )
     model = comfy_model(case, weights)
     adapters = our_adapters(case, tensors, model, tmp_path)
     bare, ours = sample_and_catch(model, case), []
     for setting in settings:
         roles = {"preservation": setting.preservation, "personalization": setting.personalization}
         pair = IPAdapterPair(*(family and adapters[family] for family in roles.values()))
-        reference = Reference(*({role: table[family] for role, family in roles.items() if family} for table in (positive, null)), "random")
-        ours.append(sample_and_catch(runtime.attach(model, tiny.link_for(pair, reference, setting.gate, strength=setting.strength)), case))
+        reference = Reference(
+            *({role: table[family] for role, family in roles.items() if family} for table in (positive, null)), "random"
+        )
+        ours.append(
+            sample_and_catch(
+                runtime.attach(model, tiny.link_for(pair, reference, setting.gate, strength=setting.strength)), case
+            )
+        )
     order = file_order(unet.cross_attentions(model.model.diffusion_model))
     del model, adapters, pair, reference
     mm.unload_all_models()
     gc.collect()  # a full UNet must go before the other one comes
 
     theirs_model = diffusers_unet(case.config, weights)
-    theirs_model._load_ip_adapter_weights([public.nested(tensors[family]) for family in families], low_cpu_mem_usage=False)
+    theirs_model._load_ip_adapter_weights(
+        [public.nested(tensors[family]) for family in families], low_cpu_mem_usage=False
+    )
     worst = 0.0
     with torch.no_grad():
         for setting, got in zip(settings, ours):
-            theirs = run_diffusers(theirs_model, case, got, [(positive[family], null[family]) for family in families], setting.scales(families))
+            theirs = run_diffusers(
+                theirs_model,
+                case,
+                got,
+                [(positive[family], null[family]) for family in families],
+                setting.scales(families),
+            )
             worst = max(worst, error := tiny.relative_error(got.output, theirs.output))
             assert error < TOLERANCE, setting
             assert len(theirs.blocks) == len(order) == len(got.blocks)
             for address, expected in zip(order, theirs.blocks):
-                assert (block := tiny.relative_error(got.blocks[address], expected)) < TOLERANCE, (setting, address, block)
+                assert (block := tiny.relative_error(got.blocks[address], expected)) < TOLERANCE, (
+                    setting,
+                    address,
+                    block,
+                )
                 worst = max(worst, block)
             change = min(tiny.relative_error(got.blocks[address], bare.blocks[address]) for address in order)
-            assert change > 100 * TOLERANCE, f"{setting}: the reference must matter in every block, the least change is {change:.1e}"
+            assert change > 100 * TOLERANCE, (
+                f"{setting}: the reference must matter in every block, the least change is {change:.1e}"
+            )
     print(f"largest relative error of {case.base}, {len(order)} blocks: {worst:.1e}")
 
 
 SETTINGS = [
-    *(Setting("plus", None, 1.0, scale) for scale in (0.3, 1.0)), *(Setting(None, "plain", 0.0, scale) for scale in (0.3, 1.0)),
-    Setting(None, "plus", 0.0, 0.3), Setting("plain", None, 1.0, 1.0), Setting("plus", "plain", 0.4, 0.8), Setting("plain", "plus", 0.4, 1.0)]
+    *(Setting("plus", None, 1.0, scale) for scale in (0.3, 1.0)),
+    *(Setting(None, "plain", 0.0, scale) for scale in (0.3, 1.0)),
+    Setting(None, "plus", 0.0, 0.3),
+    Setting("plain", None, 1.0, 1.0),
+    Setting("plus", "plain", 0.4, 0.8),
+    Setting("plain", "plus", 0.4, 1.0),
+]
 
 
 @pytest.mark.parametrize("name", NARROW_CASES)
@@ -238,7 +350,9 @@ def test_the_table_of_blocks_is_the_order_in_which_diffusers_counts(name):
     real = public.unet_on_meta({"SD1.5": public.SD15, "SDXL": public.SDXL}[base])
     shapes = [shape for key, shape in public.public_attention_shapes(real).items() if ".to_k_ip." in key]
     assert shapes == [(width, text_width) for width in blocks.values()]
-    comfys = {"SD1.5": comfy.supported_models.SD15, "SDXL": comfy.supported_models.SDXL}[base]({**comfy_config(public.SD15 if base == "SD1.5" else public.SDXL)})
+    comfys = {"SD1.5": comfy.supported_models.SD15, "SDXL": comfy.supported_models.SDXL}[base](
+        {**comfy_config(public.SD15 if base == "SD1.5" else public.SDXL)}
+    )
     comfys.set_inference_dtype(torch.float32, None)
     model = comfys.get_model({}, "", device=torch.device("meta"))
     assert unet.block_widths(model.diffusion_model) == (blocks, text_width)
@@ -263,7 +377,16 @@ CLIP = ClipConfig("tiny", 24, VISION)
 
 @pytest.fixture(scope="module")
 def image_encoder():
-    config = CLIPVisionConfig(hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14, projection_dim=24, hidden_act="gelu")
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        projection_dim=24,
+        hidden_act="gelu",
+    )
     model = CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
     g = tiny.generator(3)
     for name, p in model.named_parameters():
@@ -271,11 +394,15 @@ def image_encoder():
     return model
 
 
-def diffusers_encode(image_encoder, projection: torch.nn.Module, pictures: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+def diffusers_encode(
+    image_encoder, projection: torch.nn.Module, pictures: list[Image.Image]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """prepare_ip_adapter_image_embeds of diffusers' pipeline: the features, and what the unconditioned half gets."""
     pipe = SimpleNamespace(
-        image_encoder=image_encoder, feature_extractor=CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
-        unet=SimpleNamespace(encoder_hid_proj=SimpleNamespace(image_projection_layers=[projection])))
+        image_encoder=image_encoder,
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+        unet=SimpleNamespace(encoder_hid_proj=SimpleNamespace(image_projection_layers=[projection])),
+    )
     pipe.encode_image = lambda *args: StableDiffusionPipeline.encode_image(pipe, *args)
     embeds = StableDiffusionPipeline.prepare_ip_adapter_image_embeds(pipe, [pictures], None, tiny.CPU, 1, True)[0]
     null, positive = embeds.chunk(2)
@@ -284,18 +411,26 @@ def diffusers_encode(image_encoder, projection: torch.nn.Module, pictures: list[
 
 @pytest.mark.parametrize("family", NARROW)
 def test_features_and_null_reference_equal_diffusers_encode_step(family, image_encoder, tmp_path):
-    save_file({key: value.contiguous() for key, value in image_encoder.state_dict().items()}, tmp_path / "encoder.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in image_encoder.state_dict().items()}, tmp_path / "encoder.safetensors"
+    )
     known = next(f for f in ip_adapter.FAMILIES if f.name == family)
     need = FeatureNeed("preservation", CLIP, known.kind, 24 if known.kind == "embedding" else 32, known.null)
     levels = torch.randint(0, 256, (2, 56, 56, 3), generator=tiny.generator(8), dtype=torch.uint8)
     ours, null, _ = encoders.features(need, str(tmp_path / "encoder.safetensors"), None, levels.float() / 255, {})
-    theirs, their_null = diffusers_encode(image_encoder, NARROW[family][0](*NARROW[family][1:]), [Image.fromarray(picture.numpy()) for picture in levels])
+    theirs, their_null = diffusers_encode(
+        image_encoder, NARROW[family][0](*NARROW[family][1:]), [Image.fromarray(picture.numpy()) for picture in levels]
+    )
     assert ours.shape == theirs.shape == null.shape and theirs.std() > 0.05
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(null, their_null, atol=1e-4, rtol=1e-4)
     black = encoders.features(need, str(tmp_path / "encoder.safetensors"), None, torch.zeros(1, 56, 56, 3), {})[0]
     assert (null[:1] - black).abs().max() > 1e-2, "the null reference is not a black picture"
     if known.kind == "penultimate":
-        pixels = CLIPImageProcessor(do_resize=False, do_center_crop=False)([Image.fromarray(picture.numpy()) for picture in levels], return_tensors="pt").pixel_values
-        torch.testing.assert_close(ours, image_encoder(pixels, output_hidden_states=True).hidden_states[-2], atol=1e-4, rtol=1e-4)
+        pixels = CLIPImageProcessor(do_resize=False, do_center_crop=False)(
+            [Image.fromarray(picture.numpy()) for picture in levels], return_tensors="pt"
+        ).pixel_values
+        torch.testing.assert_close(
+            ours, image_encoder(pixels, output_hidden_states=True).hidden_states[-2], atol=1e-4, rtol=1e-4
+        )
         assert null.abs().max() > 0.05

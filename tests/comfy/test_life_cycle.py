@@ -1,4 +1,5 @@
 """What is loaded when: projection before the UNet, nothing of the adapters needed during the steps."""
+
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
@@ -16,15 +17,44 @@ MB = 2**20
 
 
 def real_config(base):
-    common = dict(image_size=32, in_channels=4, out_channels=4, model_channels=320, use_spatial_transformer=True, legacy=False,
-                  use_temporal_attention=False, dtype=torch.float32)
+    common = dict(
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        model_channels=320,
+        use_spatial_transformer=True,
+        legacy=False,
+        use_temporal_attention=False,
+        dtype=torch.float32,
+    )
     if base == "SD15":
-        return comfy.supported_models.SD15(dict(
-            common, num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4], transformer_depth=[1] * 6 + [0] * 2, transformer_depth_middle=1,
-            transformer_depth_output=[1] * 9 + [0] * 3, context_dim=768, use_linear_in_transformer=False, adm_in_channels=None))
-    return comfy.supported_models.SDXL(dict(
-        common, num_res_blocks=[2] * 3, channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10], transformer_depth_middle=10,
-        transformer_depth_output=[0] * 3 + [2] * 3 + [10] * 3, context_dim=2048, use_linear_in_transformer=True, adm_in_channels=2816, num_classes="sequential"))
+        return comfy.supported_models.SD15(
+            dict(
+                common,
+                num_res_blocks=[2] * 4,
+                channel_mult=[1, 2, 4, 4],
+                transformer_depth=[1] * 6 + [0] * 2,
+                transformer_depth_middle=1,
+                transformer_depth_output=[1] * 9 + [0] * 3,
+                context_dim=768,
+                use_linear_in_transformer=False,
+                adm_in_channels=None,
+            )
+        )
+    return comfy.supported_models.SDXL(
+        dict(
+            common,
+            num_res_blocks=[2] * 3,
+            channel_mult=[1, 2, 4],
+            transformer_depth=[0, 0, 2, 2, 10, 10],
+            transformer_depth_middle=10,
+            transformer_depth_output=[0] * 3 + [2] * 3 + [10] * 3,
+            context_dim=2048,
+            use_linear_in_transformer=True,
+            adm_in_channels=2816,
+            num_classes="sequential",
+        )
+    )
 
 
 @pytest.mark.parametrize("base, blocks, text_width", [("SD15", 16, 768), ("SDXL", 70, 2048)])
@@ -59,8 +89,15 @@ class Budget:
 @pytest.fixture
 def budget(monkeypatch):
     budget = Budget()
-    faked = dict(get_free_memory=budget.free, is_device_cpu=lambda device: False, vram_state=mm.VRAMState.NORMAL_VRAM, EXTRA_RESERVED_VRAM=0,
-                 minimum_inference_memory=lambda: MB, soft_empty_cache=lambda *a, **k: None, current_loaded_models=[])
+    faked = dict(
+        get_free_memory=budget.free,
+        is_device_cpu=lambda device: False,
+        vram_state=mm.VRAMState.NORMAL_VRAM,
+        EXTRA_RESERVED_VRAM=0,
+        minimum_inference_memory=lambda: MB,
+        soft_empty_cache=lambda *a, **k: None,
+        current_loaded_models=[],
+    )
     for name, value in faked.items():
         monkeypatch.setattr(mm, name, value)
     yield budget
@@ -80,9 +117,15 @@ def test_adapters_leave_for_the_unet_and_none_of_their_bytes_is_needed_during_th
     # room for the UNet with its activations, but not for the adapters beside it
     budget.total = model.model_size() + MB + adapters.model_size() // 2
     projecting, stepping = [], []
-    monkeypatch.setattr(network, "project", lambda *args: (projecting.append(adapters.loaded_size()), FlexIPNetwork.project(network, *args))[1])
+    monkeypatch.setattr(
+        network,
+        "project",
+        lambda *args: (projecting.append(adapters.loaded_size()), FlexIPNetwork.project(network, *args))[1],
+    )
     gated = runtime.attach(model, Link(network, adapters, tiny.tiny_reference(), (0.6,)))
-    got = tiny.ksample(gated, P, N, callback=lambda *args: stepping.append((adapters.loaded_size(), model.loaded_size())))
+    got = tiny.ksample(
+        gated, P, N, callback=lambda *args: stepping.append((adapters.loaded_size(), model.loaded_size()))
+    )
     assert tiny.relative_error(got, expected) < 1e-5
     assert len(projecting) == 4 and all(size == adapters.model_size() for size in projecting)
     assert len(stepping) == 2 and all(size == (0, model.model_size()) for size in stepping)
@@ -93,7 +136,14 @@ def test_a_second_run_with_another_gate_loads_no_adapter(monkeypatch):
     network, reference = tiny.tiny_network(model), tiny.tiny_reference()
     loads = []
     original = mm.load_models_gpu
-    monkeypatch.setattr(mm, "load_models_gpu", lambda models, *args, **kwargs: (loads.append([type(m.model).__name__ for m in models]), original(models, *args, **kwargs))[1])
+    monkeypatch.setattr(
+        mm,
+        "load_models_gpu",
+        lambda models, *args, **kwargs: (
+            loads.append([type(m.model).__name__ for m in models]),
+            original(models, *args, **kwargs),
+        )[1],
+    )
     tiny.ksample(runtime.attach(model, tiny.link_for(network, reference)), P, N)
     assert loads == [["FlexIPNetwork"], ["BaseModel"]]
     loads.clear()

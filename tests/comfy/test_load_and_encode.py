@@ -1,4 +1,5 @@
 """LoadFlexIPAdapters and EncodeReference: files found by content, encoders from files or from wired CLIP_VISION objects."""
+
 import dataclasses
 
 import comfy.clip_vision
@@ -15,10 +16,31 @@ from flexip_pack.nodes.encode import EncodeReference
 from flexip_pack.nodes.load import LoadFlexIPAdapters
 from safetensors.torch import load_file, save_file
 
-CORE_CLIP = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, num_channels=3,
-                 image_size=56, patch_size=14, projection_dim=24, hidden_act="gelu")
-CORE_DINO = dict(model_type="dinov2", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_channels=3, image_size=518, patch_size=14,
-                 layer_norm_eps=1e-6, use_swiglu_ffn=False, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+CORE_CLIP = dict(
+    model_type="clip_vision_model",
+    hidden_size=32,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_channels=3,
+    image_size=56,
+    patch_size=14,
+    projection_dim=24,
+    hidden_act="gelu",
+)
+CORE_DINO = dict(
+    model_type="dinov2",
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_channels=3,
+    image_size=518,
+    patch_size=14,
+    layer_norm_eps=1e-6,
+    use_swiglu_ffn=False,
+    image_mean=[0.485, 0.456, 0.406],
+    image_std=[0.229, 0.224, 0.225],
+)
 CLIP = ClipConfig("tiny clip", 24, dict(width=32, layers=3, head_width=16, patch_size=14, image_size=56))
 DINO = DinoConfig("vit_small_patch14_dinov2", 32, 518, dict(embed_dim=32, depth=2, num_heads=2))
 
@@ -60,7 +82,9 @@ def load(preservation="adapters.safetensors", personalization="auto", clip_visio
 
 def encode(adapters, images, crop="center", mask=None, clip=None, dino=None):
     wrap = lambda value: None if value is None else [value]  # noqa: E731
-    return EncodeReference.execute([adapters], images if isinstance(images, list) else [images], [crop], wrap(mask), wrap(clip), wrap(dino))
+    return EncodeReference.execute(
+        [adapters], images if isinstance(images, list) else [images], [crop], wrap(mask), wrap(clip), wrap(dino)
+    )
 
 
 def picture(seed=0, height=40, width=60, batch=1, channels=3):
@@ -79,7 +103,11 @@ def test_wired_core_encoders_give_what_their_files_give(models, size):
     before = {key: value.clone() for core in (clip, dino) for key, value in core.get_sd().items()}
     from_files = encode(load(), picture()).args[0]
     wired = encode(load(), picture(), clip=clip, dino=dino).args[0]
-    assert from_files.features["cls"].shape == (1, 24) and from_files.features["patches"].shape == (1, (size // 14) ** 2, 32)
+    assert from_files.features["cls"].shape == (1, 24) and from_files.features["patches"].shape == (
+        1,
+        (size // 14) ** 2,
+        32,
+    )
     for name, value in from_files.features.items():
         assert value.std() > 0.05
         torch.testing.assert_close(wired.features[name], value, atol=1e-4, rtol=1e-4)
@@ -111,11 +139,18 @@ def test_names_and_folders_of_encoder_files_mean_nothing(mini_models):
 
 def test_pictures_of_different_sizes_are_one_reference(mini_models):
     adapters = load(mini.MINI_FLEXIP)
-    batch, tall, grey, clear = picture(1, batch=2), picture(2, 90, 30), picture(3, 33, 33, channels=1), picture(4, channels=4)
+    batch, tall, grey, clear = (
+        picture(1, batch=2),
+        picture(2, 90, 30),
+        picture(3, 33, 33, channels=1),
+        picture(4, channels=4),
+    )
     result = encode(adapters, [batch, tall, grey, clear])
     reference = result.args[0]
     assert reference.count == 5 and reference.features["cls"].shape[0] == reference.features["patches"].shape[0] == 5
-    assert all(not value.any() and value.shape == reference.features[name].shape for name, value in reference.null.items())
+    assert all(
+        not value.any() and value.shape == reference.features[name].shape for name, value in reference.null.items()
+    )
     alone = encode(adapters, tall).args[0]
     torch.testing.assert_close(reference.features["cls"][2], alone.features["cls"][0], atol=1e-5, rtol=1e-5)
 
@@ -127,7 +162,9 @@ def test_the_preview_is_what_the_encoder_saw(mini_models):
     saved = result.ui.values[0]
     shown = Image.open(mini_models / saved["filename"])
     assert shown.size == (224, 224)
-    assert all(abs(channel - 128) < 3 for channel in shown.getpixel((5, 112))), "pad has borders at the sides of a tall picture"
+    assert all(abs(channel - 128) < 3 for channel in shown.getpixel((5, 112))), (
+        "pad has borders at the sides of a tall picture"
+    )
     assert result.args[0].features["patches"].shape[1] == 256
 
 
@@ -147,9 +184,15 @@ def test_the_subject_is_cut_out_by_a_mask_or_by_alpha(mini_models):
     assert encode(adapters, opaque, "subject").args[0].count == 1
 
 
-@pytest.mark.parametrize("image, words", [
-    (torch.zeros(0, 8, 8, 3), "at least one picture"), (torch.full((1, 8, 8, 3), float("nan")), "EncodeReference"), (torch.zeros(1, 8, 8, 5), "EncodeReference"),
-    (torch.zeros(1, 0, 8, 3), "EncodeReference")])
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        (torch.zeros(0, 8, 8, 3), "at least one picture"),
+        (torch.full((1, 8, 8, 3), float("nan")), "EncodeReference"),
+        (torch.zeros(1, 8, 8, 5), "EncodeReference"),
+        (torch.zeros(1, 0, 8, 3), "EncodeReference"),
+    ],
+)
 def test_what_is_no_picture_is_a_sentence(mini_models, image, words):
     with pytest.raises(ValueError, match=words) as error:
         encode(load(mini.MINI_FLEXIP), image)
@@ -182,7 +225,9 @@ def test_adapters_and_encoders_are_under_comfyuis_memory_manager(mini_models):
     assert {id(patcher.model) for patcher in adapters.towers.values()} <= managed and len(adapters.towers) == 2
     again = load(mini.MINI_FLEXIP)
     encode(again, picture())
-    assert [id(p) for p in again.towers.values()] == [id(p) for p in adapters.towers.values()], "one encoder file is held once"
+    assert [id(p) for p in again.towers.values()] == [id(p) for p in adapters.towers.values()], (
+        "one encoder file is held once"
+    )
 
 
 def test_a_changed_file_is_loaded_again(mini_models):
@@ -197,7 +242,11 @@ def test_a_changed_file_is_loaded_again(mini_models):
 
 def test_loading_keeps_the_files_precision(mini_models):
     dtypes = {p.dtype for p in load(mini.MINI_FLEXIP).network.parameters()}
-    assert dtypes == {value.dtype for value in load_file(mini_models / "flexip" / mini.MINI_FLEXIP).values()} == {torch.float16}
+    assert (
+        dtypes
+        == {value.dtype for value in load_file(mini_models / "flexip" / mini.MINI_FLEXIP).values()}
+        == {torch.float16}
+    )
 
 
 def test_an_encoder_put_into_the_folder_after_the_error_is_found(mini_models):
@@ -215,7 +264,9 @@ def test_an_encoder_put_into_the_folder_after_the_error_is_found(mini_models):
 
 def test_a_wired_file_name_does_not_reload_at_every_run(mini_models):
     arguments = dict(preservation=None, personalization="auto", clip_vision=None, dino="auto")
-    assert LoadFlexIPAdapters.fingerprint_inputs(**arguments) == LoadFlexIPAdapters.fingerprint_inputs(**arguments) == []
+    assert (
+        LoadFlexIPAdapters.fingerprint_inputs(**arguments) == LoadFlexIPAdapters.fingerprint_inputs(**arguments) == []
+    )
 
 
 @pytest.mark.parametrize("shape", [(80, 120), (1, 80, 120), (1, 1, 80, 120), (1, 80, 120, 1)])
@@ -224,13 +275,17 @@ def test_a_mask_may_have_any_of_comfyuis_shapes(mini_models, shape):
     mask[20:50, 70:110] = 1
     adapters = load(mini.MINI_FLEXIP)
     expected = encode(adapters, picture(6, 80, 120), "subject", mask[None]).args[0].features["cls"]
-    assert torch.equal(encode(adapters, picture(6, 80, 120), "subject", mask.reshape(shape)).args[0].features["cls"], expected)
+    assert torch.equal(
+        encode(adapters, picture(6, 80, 120), "subject", mask.reshape(shape)).args[0].features["cls"], expected
+    )
 
 
 def test_a_reference_of_another_encoder_with_the_same_widths_is_refused(mini_models):
     from flexip_pack.nodes.apply import check_reference
 
-    adapters_file(mini_models, "bigger.safetensors", clip=mini.MINI_CLIP, dino=dataclasses.replace(mini.MINI_DINO, image_size=280))
+    adapters_file(
+        mini_models, "bigger.safetensors", clip=mini.MINI_CLIP, dino=dataclasses.replace(mini.MINI_DINO, image_size=280)
+    )
     reference = encode(load(mini.MINI_FLEXIP), picture()).args[0]
     check_reference(load(mini.MINI_FLEXIP), reference)
     with pytest.raises(ValueError, match="ApplyFlexIPGate: bigger.safetensors reads .*280 px.*224 px"):

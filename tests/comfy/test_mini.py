@@ -1,4 +1,5 @@
 """The mini checkpoints in ComfyUI's stock loader: family, block addresses, no missing weights, a real picture."""
+
 from __future__ import annotations
 
 import logging
@@ -19,12 +20,15 @@ def load(path: Path, layout: str) -> tuple:
     return comfy.sd.load_checkpoint_guess_config(str(path))[:3]
 
 
-LAYOUTS = [pytest.param(name, marks=pytest.mark.long) if name == "sdxl_full" else name for name in mini_checkpoints.LAYOUTS]  # 10 GB
+LAYOUTS = [
+    pytest.param(name, marks=pytest.mark.long) if name == "sdxl_full" else name for name in mini_checkpoints.LAYOUTS
+]  # 10 GB
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_block_addresses_are_those_of_the_loaded_unet(
-        tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixture) -> None:
+    tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         model, _, _ = load(tmp_path / "base.ckpt", layout)
     assert not [record.getMessage() for record in caplog.records if "missing" in record.getMessage()]
@@ -42,7 +46,8 @@ def test_prompt_and_seed_change_the_picture(tmp_path: Path) -> None:
         latent = torch.zeros(1, 4, 8, 8)
         noise = comfy.sample.prepare_noise(latent, seed)
         samples = comfy.sample.sample(
-            model, noise, 4, 5.0, "euler", "normal", texts[positive], texts[2], latent, seed=seed)
+            model, noise, 4, 5.0, "euler", "normal", texts[positive], texts[2], latent, seed=seed
+        )
         return vae.decode(samples)
 
     first = picture(0, 1)

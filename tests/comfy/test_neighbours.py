@@ -1,4 +1,5 @@
 """Other nodes in the same attn2 replace slots."""
+
 import comfy.ldm.modules.attention as core_attention
 import pytest
 import tiny

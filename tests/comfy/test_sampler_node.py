@@ -1,11 +1,13 @@
 """FlexIPSampler: equal to KSampler with one gate, and a fair sweep with many."""
-import nodes
+
 import pytest
 import tiny
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from flexip_pack.nodes import runtime
 from flexip_pack.nodes.sampler import FlexIPSampler, noise_sampler, parse_gates
+
+import nodes
 
 P, N = tiny.cond(1), tiny.cond(2)
 
@@ -30,19 +32,28 @@ def latent(batch=1, **extra):
 
 
 def run(model, gates="", sampler="euler", latent_image=None, steps=3, denoise=1.0, vae=None, seed=11):
-    return FlexIPSampler.execute(model, seed, steps, 5.0, sampler, "normal", P, N, latent_image or latent(), denoise, gates, vae).args
+    return FlexIPSampler.execute(
+        model, seed, steps, 5.0, sampler, "normal", P, N, latent_image or latent(), denoise, gates, vae
+    ).args
 
 
 def ksampler(model, sampler="euler", latent_image=None, steps=3, denoise=1.0, seed=11):
-    return nodes.common_ksampler(model, seed, steps, 5.0, sampler, "normal", P, N, latent_image or latent(), denoise=denoise)[0]["samples"]
+    return nodes.common_ksampler(
+        model, seed, steps, 5.0, sampler, "normal", P, N, latent_image or latent(), denoise=denoise
+    )[0]["samples"]
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde", "lcm", "ddim", "uni_pc"])
 def test_without_gates_it_is_ksampler(gated, sampler):
-    assert torch.equal(run(gated, sampler=sampler, latent_image=latent(2))[0]["samples"], ksampler(gated, sampler, latent(2)))
+    assert torch.equal(
+        run(gated, sampler=sampler, latent_image=latent(2))[0]["samples"], ksampler(gated, sampler, latent(2))
+    )
 
 
-@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde", "lcm", "ddim", "dpmpp_sde", "ddpm", "er_sde", "seeds_2", "sa_solver"])
+@pytest.mark.parametrize(
+    "sampler",
+    ["euler", "euler_ancestral", "dpmpp_2m_sde", "lcm", "ddim", "dpmpp_sde", "ddpm", "er_sde", "seeds_2", "sa_solver"],
+)
 def test_equal_gates_give_equal_images_and_the_image_of_a_single_run(gated, sampler):
     images = run(gated, "0.6, 0.6, 0.6", sampler)[0]["samples"]
     assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
@@ -50,7 +61,9 @@ def test_equal_gates_give_equal_images_and_the_image_of_a_single_run(gated, samp
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde"])
-@pytest.mark.parametrize("size", [(8, 8), (5, 7)], ids=str)  # torch draws a batch at once otherwise than one by one at odd sizes
+@pytest.mark.parametrize(
+    "size", [(8, 8), (5, 7)], ids=str
+)  # torch draws a batch at once otherwise than one by one at odd sizes
 def test_sweep_is_gate_major_over_the_latent_batch(model, gated, sampler, size):
     two = {"samples": torch.zeros(2, 4, *size)}
     swept = run(gated, "0, 1", sampler, two)[0]["samples"]
@@ -58,13 +71,17 @@ def test_sweep_is_gate_major_over_the_latent_batch(model, gated, sampler, size):
     link = runtime.links_of(gated)[0]
     for first, gate in ((0, 0.0), (2, 1.0)):
         alone = runtime.attach(model, tiny.link_for(link.network, link.reference, gate))
-        assert tiny.relative_error(swept[first:first + 2], ksampler(alone, sampler, two)) < 1e-5
+        assert tiny.relative_error(swept[first : first + 2], ksampler(alone, sampler, two)) < 1e-5
     assert tiny.relative_error(swept[:2], swept[2:]) > 1e-3
 
 
 def test_sweep_keeps_noise_mask_batch_index_and_denoise(gated):
     g = tiny.generator(4)
-    image = {"samples": torch.randn(2, 4, 8, 8, generator=g), "noise_mask": (torch.rand(2, 1, 64, 64, generator=g) > 0.5).float(), "batch_index": [3, 5]}
+    image = {
+        "samples": torch.randn(2, 4, 8, 8, generator=g),
+        "noise_mask": (torch.rand(2, 1, 64, 64, generator=g) > 0.5).float(),
+        "batch_index": [3, 5],
+    }
     swept = run(gated, "0.6 0.6", latent_image=image, denoise=0.7)[0]
     assert swept["batch_index"] == [3, 5, 3, 5] and swept["noise_mask"].shape[0] == 4
     assert tiny.relative_error(swept["samples"][:2], ksampler(gated, latent_image=image, denoise=0.7)) < 1e-5
@@ -74,13 +91,19 @@ def test_sweep_keeps_noise_mask_batch_index_and_denoise(gated):
 
 @pytest.mark.parametrize("shape", [(64, 64), (1, 64, 64), (1, 1, 64, 64)])
 def test_sweep_takes_a_noise_mask_of_any_shape(gated, shape):
-    image = {"samples": torch.randn(1, 4, 8, 8, generator=tiny.generator(4)), "noise_mask": torch.ones(64, 64).tril().reshape(shape)}
+    image = {
+        "samples": torch.randn(1, 4, 8, 8, generator=tiny.generator(4)),
+        "noise_mask": torch.ones(64, 64).tril().reshape(shape),
+    }
     swept = run(gated, "0.6 0.6", latent_image=image)[0]["samples"]
     assert tiny.relative_error(swept[:1], ksampler(gated, latent_image=image)) < 1e-5
 
 
 def test_ddim_inpainting_shares_its_noise_between_gates(gated):
-    image = {"samples": torch.randn(1, 4, 8, 8, generator=tiny.generator(4)), "noise_mask": torch.ones(1, 1, 8, 8).tril()}
+    image = {
+        "samples": torch.randn(1, 4, 8, 8, generator=tiny.generator(4)),
+        "noise_mask": torch.ones(1, 1, 8, 8).tril(),
+    }
     swept = run(gated, "0.6 0.6", "ddim", image)[0]["samples"]
     assert torch.equal(swept[0], swept[1])
 
@@ -104,16 +127,28 @@ def test_contact_sheet_has_a_column_per_gate_and_needs_the_vae(gated):
 def test_a_wide_contact_sheet_goes_on_in_a_next_band():
     from flexip_pack.flexip_core.contact_sheet import WIDEST, contact_sheet
 
-    narrow, wide = contact_sheet(torch.rand(3, 16, 1024, 3), list("abc")), contact_sheet(torch.rand(10, 16, 1024, 3), list("abcdefghij"))
+    narrow, wide = (
+        contact_sheet(torch.rand(3, 16, 1024, 3), list("abc")),
+        contact_sheet(torch.rand(10, 16, 1024, 3), list("abcdefghij")),
+    )
     assert wide.shape[2] <= WIDEST and wide.shape[1] == 2 * narrow.shape[1]
-    last = contact_sheet(torch.cat([torch.zeros(9, 16, 1024, 3), torch.ones(1, 16, 1024, 3) * torch.tensor([1.0, 0, 0])]), list("abcdefghij"))
+    last = contact_sheet(
+        torch.cat([torch.zeros(9, 16, 1024, 3), torch.ones(1, 16, 1024, 3) * torch.tensor([1.0, 0, 0])]),
+        list("abcdefghij"),
+    )
     assert last[0, -10, 1024 * 2 + 30].tolist() == [1.0, 0, 0]
 
 
 def test_report_says_what_ran(gated):
     report = run(gated, "0, 0.5, 1")[2]
     blocks = len(tiny.config_for(gated).blocks)
-    for words in (f"{blocks} of {blocks} blocks patched, 3 of 3 steps", "active from 0 to 1: 3 of 3 steps, 3 of 3 model calls", "gate 0, 0.5, 1, strength 1: ", "tokens 7 + 77", "tiny encoders"):
+    for words in (
+        f"{blocks} of {blocks} blocks patched, 3 of 3 steps",
+        "active from 0 to 1: 3 of 3 steps, 3 of 3 model calls",
+        "gate 0, 0.5, 1, strength 1: ",
+        "tokens 7 + 77",
+        "tiny encoders",
+    ):
         assert words in report
     assert "WARNING" not in report
 
@@ -133,7 +168,9 @@ def test_a_model_without_gate_names_the_node_to_add(model):
         run(model)
 
 
-@pytest.mark.parametrize("text, values", [("", ()), ("0, 0.25,1", (0, 0.25, 1)), (" .5;\n1 0 ", (0.5, 1, 0)), ("1e-1", (0.1,))])
+@pytest.mark.parametrize(
+    "text, values", [("", ()), ("0, 0.25,1", (0, 0.25, 1)), (" .5;\n1 0 ", (0.5, 1, 0)), ("1e-1", (0.1,))]
+)
 def test_gates_are_read_from_text(text, values):
     assert parse_gates(text) == values
 
@@ -159,7 +196,11 @@ def test_progress_and_live_preview_come_as_from_ksampler(gated, monkeypatch):
 
     shown = []
     monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, node_id=None: shown.append((value, total, preview is not None)))
+    monkeypatch.setattr(
+        comfy.utils,
+        "PROGRESS_BAR_HOOK",
+        lambda value, total, preview, node_id=None: shown.append((value, total, preview is not None)),
+    )
     run(gated, "0, 1")
     ours = list(shown)
     shown.clear()

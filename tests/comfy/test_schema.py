@@ -3,6 +3,7 @@
 New inputs are optional and last. After such an addition, FLEXIP_UPDATE_SNAPSHOT=1 rewrites the snapshot; it refuses what would
 break a workflow.
 """
+
 import asyncio
 import copy
 import inspect
@@ -33,9 +34,23 @@ def describe(node):
             options = [option for option in options or [] if option == "auto"] or None
         elif i.id in CORE_LISTS:
             options = None
-        inputs.append({"id": i.id, "type": i.get_io_type(), "optional": i.optional, "default": getattr(i, "default", None), "options": options,
-                       "min": getattr(i, "min", None), "max": getattr(i, "max", None), "step": getattr(i, "step", None)})
-    return {"inputs": inputs, "outputs": [{"id": o.id, "type": o.get_io_type()} for o in schema.outputs], "list": schema.is_input_list}
+        inputs.append(
+            {
+                "id": i.id,
+                "type": i.get_io_type(),
+                "optional": i.optional,
+                "default": getattr(i, "default", None),
+                "options": options,
+                "min": getattr(i, "min", None),
+                "max": getattr(i, "max", None),
+                "step": getattr(i, "step", None),
+            }
+        )
+    return {
+        "inputs": inputs,
+        "outputs": [{"id": o.id, "type": o.get_io_type()} for o in schema.outputs],
+        "list": schema.is_input_list,
+    }
 
 
 def current():
@@ -46,10 +61,12 @@ def check_compatible(old, new):
     for node_id, before in old.items():
         assert node_id in new, f"node {node_id} is gone: {BREAKS}"
         after = new[node_id]
-        assert after["outputs"][: len(before["outputs"])] == before["outputs"], f"outputs of {node_id} changed: {BREAKS}"
+        assert after["outputs"][: len(before["outputs"])] == before["outputs"], (
+            f"outputs of {node_id} changed: {BREAKS}"
+        )
         assert after["list"] == before["list"], f"{node_id} takes lists differently: {BREAKS}"
         assert after["inputs"][: len(before["inputs"])] == before["inputs"], f"inputs of {node_id} changed: {BREAKS}"
-        for added in after["inputs"][len(before["inputs"]):]:
+        for added in after["inputs"][len(before["inputs"]) :]:
             assert added["optional"], f"{node_id} has a new required input {added['id']}: {BREAKS}"
 
 
@@ -59,18 +76,23 @@ def test_schemas_equal_the_snapshot():
     check_compatible(old, new)
     if os.environ.get("FLEXIP_UPDATE_SNAPSHOT"):
         SNAPSHOT.write_text(json.dumps(new, indent=1) + "\n")
-    assert new == json.loads(SNAPSHOT.read_text()), "something was added: run this test with FLEXIP_UPDATE_SNAPSHOT=1 and commit the snapshot"
+    assert new == json.loads(SNAPSHOT.read_text()), (
+        "something was added: run this test with FLEXIP_UPDATE_SNAPSHOT=1 and commit the snapshot"
+    )
 
 
-@pytest.mark.parametrize("change", [
-    lambda s: s.pop("EncodeReference"),
-    lambda s: s["EncodeReference"]["inputs"].pop(2),
-    lambda s: s["EncodeReference"]["inputs"].reverse(),
-    lambda s: s["EncodeReference"]["inputs"][2]["options"].remove("pad"),
-    lambda s: s["ApplyFlexIPGate"]["inputs"][3].update(default=0.5),
-    lambda s: s["FlexIPSampler"]["outputs"].pop(),
-    lambda s: s["FlexIPSampler"]["inputs"].append({"id": "new", "optional": False}),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.pop("EncodeReference"),
+        lambda s: s["EncodeReference"]["inputs"].pop(2),
+        lambda s: s["EncodeReference"]["inputs"].reverse(),
+        lambda s: s["EncodeReference"]["inputs"][2]["options"].remove("pad"),
+        lambda s: s["ApplyFlexIPGate"]["inputs"][3].update(default=0.5),
+        lambda s: s["FlexIPSampler"]["outputs"].pop(),
+        lambda s: s["FlexIPSampler"]["inputs"].append({"id": "new", "optional": False}),
+    ],
+)
 def test_every_breaking_change_is_noticed(change):
     old = current()
     new = copy.deepcopy(old)
@@ -99,7 +121,9 @@ def test_every_socket_has_a_tooltip_and_every_node_a_help_page():
             assert socket.tooltip, f"{schema.node_id}.{socket.id}"
         page = (docs / f"{schema.node_id}.md").read_text()
         for i in schema.inputs:
-            assert i.id in page or schema.node_id == "FlexIPSampler" and "everything else" in page, f"{i.id} is missing on the help page of {schema.node_id}"
+            assert i.id in page or schema.node_id == "FlexIPSampler" and "everything else" in page, (
+                f"{i.id} is missing on the help page of {schema.node_id}"
+            )
 
 
 def test_node_ids_do_not_collide_with_core():
@@ -108,5 +132,6 @@ def test_node_ids_do_not_collide_with_core():
     asyncio.run(nodes.init_builtin_extra_nodes())
     ours = set(current())
     assert ours == {"LoadFlexIPAdapters", "EncodeReference", "ApplyFlexIPGate", "FlexIPSampler"} or all(
-        node_id.startswith("FlexIP") for node_id in ours - {"LoadFlexIPAdapters", "EncodeReference", "ApplyFlexIPGate"})
+        node_id.startswith("FlexIP") for node_id in ours - {"LoadFlexIPAdapters", "EncodeReference", "ApplyFlexIPGate"}
+    )
     assert not ours & set(nodes.NODE_CLASS_MAPPINGS)

@@ -3,6 +3,7 @@
 The naive reference knows nothing of tags, runs or caches: at every call of every block it finds out from the projected keys
 which text a row carries, recomputes tokens, K and V, and does both softmaxes by hand.
 """
+
 from __future__ import annotations
 
 import comfy.ldm.modules.attention
@@ -27,10 +28,26 @@ def generator(seed: int) -> torch.Generator:
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    config = comfy.supported_models.SD15(dict(
-        image_size=32, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[1, 1], channel_mult=[1, 2], transformer_depth=[1, 2],
-        transformer_depth_middle=1, transformer_depth_output=[2, 1, 1, 1], context_dim=TEXT_WIDTH, use_linear_in_transformer=False,
-        adm_in_channels=None, use_spatial_transformer=True, legacy=False, use_temporal_attention=False, dtype=dtype))
+    config = comfy.supported_models.SD15(
+        dict(
+            image_size=32,
+            in_channels=4,
+            out_channels=4,
+            model_channels=32,
+            num_res_blocks=[1, 1],
+            channel_mult=[1, 2],
+            transformer_depth=[1, 2],
+            transformer_depth_middle=1,
+            transformer_depth_output=[2, 1, 1, 1],
+            context_dim=TEXT_WIDTH,
+            use_linear_in_transformer=False,
+            adm_in_channels=None,
+            use_spatial_transformer=True,
+            legacy=False,
+            use_temporal_attention=False,
+            dtype=dtype,
+        )
+    )
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "", device=CPU)
     g = generator(seed)
@@ -46,8 +63,17 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> comfy.model
 def config_for(model: comfy.model_patcher.ModelPatcher, mode: str = "outputs") -> FlexIPConfig:
     widths, text_width = unet.block_widths(model.model.diffusion_model)
     return FlexIPConfig(
-        base="tiny", text_width=text_width, blocks=widths, gate_mode=mode, clip=ClipConfig("tiny", 24), dino=DinoConfig("tiny", 40, 56),
-        resampler=ResamplerConfig(width=32, depth=2, heads=2, dim_head=16, ff_mult=2), detail_tokens=5, semantic_tokens=2, cls_tokens=3)
+        base="tiny",
+        text_width=text_width,
+        blocks=widths,
+        gate_mode=mode,
+        clip=ClipConfig("tiny", 24),
+        dino=DinoConfig("tiny", 40, 56),
+        resampler=ResamplerConfig(width=32, depth=2, heads=2, dim_head=16, ff_mult=2),
+        detail_tokens=5,
+        semantic_tokens=2,
+        cls_tokens=3,
+    )
 
 
 def tiny_network(model: comfy.model_patcher.ModelPatcher, mode: str = "outputs", seed: int = 3) -> FlexIPNetwork:
@@ -55,7 +81,10 @@ def tiny_network(model: comfy.model_patcher.ModelPatcher, mode: str = "outputs",
     g = generator(seed)
     with torch.no_grad():
         for p in network.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * (0.7 / p.shape[-1] ** 0.5 if p.dim() > 1 else 0.5) + (p.dim() == 1) * 0.5)
+            p.copy_(
+                torch.randn(p.shape, generator=g) * (0.7 / p.shape[-1] ** 0.5 if p.dim() > 1 else 0.5)
+                + (p.dim() == 1) * 0.5
+            )
     return network.eval().requires_grad_(False)
 
 
@@ -80,24 +109,59 @@ def noise_for(batch: int = 1, height: int = 8, width: int = 8, seed: int = 1) ->
     return torch.randn(batch, 4, height, width, generator=generator(seed))
 
 
-def ksample(model, positive, negative, steps: int = 2, cfg: float = 7.0, noise: torch.Tensor | None = None, sampler: str = "euler", seed: int = 0,
-            mask: torch.Tensor | None = None, latent: torch.Tensor | None = None, callback=None, denoise: float = 1.0) -> torch.Tensor:
+def ksample(
+    model,
+    positive,
+    negative,
+    steps: int = 2,
+    cfg: float = 7.0,
+    noise: torch.Tensor | None = None,
+    sampler: str = "euler",
+    seed: int = 0,
+    mask: torch.Tensor | None = None,
+    latent: torch.Tensor | None = None,
+    callback=None,
+    denoise: float = 1.0,
+) -> torch.Tensor:
     noise = noise_for() if noise is None else noise
     latent = torch.zeros_like(noise) if latent is None else latent
-    return comfy.sample.sample(model, noise, steps, cfg, sampler, "normal", positive, negative, latent, denoise=denoise, disable_pbar=True, seed=seed,
-                               noise_mask=mask, callback=callback)
+    return comfy.sample.sample(
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler,
+        "normal",
+        positive,
+        negative,
+        latent,
+        denoise=denoise,
+        disable_pbar=True,
+        seed=seed,
+        noise_mask=mask,
+        callback=callback,
+    )
 
 
 def guide(guider, steps: int = 2, noise: torch.Tensor | None = None, seed: int = 0) -> torch.Tensor:
     noise = noise_for() if noise is None else noise
     sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "normal", steps)
-    return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=seed)
+    return guider.sample(
+        noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=seed
+    )
 
 
 class NaiveBlock:
     """attn2 replacement of one block: base + strength * (gate * Attn(preservation) + (1 - gate) * Attn(personalization))."""
 
-    def __init__(self, address: str, attn2: torch.nn.Module, links: list[Link], texts: list[tuple[torch.Tensor, bool]], previous=None):
+    def __init__(
+        self,
+        address: str,
+        attn2: torch.nn.Module,
+        links: list[Link],
+        texts: list[tuple[torch.Tensor, bool]],
+        previous=None,
+    ):
         self.address, self.attn2, self.links, self.texts, self.previous = address, attn2, links, texts, previous
 
     def __call__(self, q, k, v, extra_options):
@@ -120,12 +184,16 @@ class NaiveBlock:
     def match(self, key: torch.Tensor, row: int) -> tuple[torch.Tensor, bool]:
         for text, null in self.texts:
             own = text[row % text.shape[0]]
-            if key.shape[0] % own.shape[0] == 0 and torch.allclose(self.attn2.to_k(own), key[: own.shape[0]], atol=1e-4):
+            if key.shape[0] % own.shape[0] == 0 and torch.allclose(
+                self.attn2.to_k(own), key[: own.shape[0]], atol=1e-4
+            ):
                 return own, null
         raise AssertionError("a row carries a text that the test did not declare")
 
 
-def naive_addition(link: Link, address: str, q: torch.Tensor, heads: int, text: torch.Tensor, null: bool, gate: float) -> torch.Tensor:
+def naive_addition(
+    link: Link, address: str, q: torch.Tensor, heads: int, text: torch.Tensor, null: bool, gate: float
+) -> torch.Tensor:
     """q (n, c) of one row -> what FlexIP adds to it, everything recomputed."""
     network, features = link.network, link.reference.null if null else link.reference.features
     tokens = {name: network.tokens(name, features, text[None])[0] for name in network.adapters}
@@ -133,10 +201,14 @@ def naive_addition(link: Link, address: str, q: torch.Tensor, heads: int, text: 
     k = {name: tokens[name] @ kv[name].to_k.weight.T for name in tokens}
     v = {name: tokens[name] @ kv[name].to_v.weight.T for name in tokens}
     if network.gate_mode == "outputs":
-        return link.strength * (gate * naive_softmax(q, k["preservation"], v["preservation"], heads)
-                                + (1 - gate) * naive_softmax(q, k["personalization"], v["personalization"], heads))
+        return link.strength * (
+            gate * naive_softmax(q, k["preservation"], v["preservation"], heads)
+            + (1 - gate) * naive_softmax(q, k["personalization"], v["personalization"], heads)
+        )
     scales = (("preservation", gate), ("personalization", 1 - gate))
-    return link.strength * naive_softmax(q, torch.cat([g * k[n] for n, g in scales]), torch.cat([g * v[n] for n, g in scales]), heads)
+    return link.strength * naive_softmax(
+        q, torch.cat([g * k[n] for n, g in scales]), torch.cat([g * v[n] for n, g in scales]), heads
+    )
 
 
 def naive_softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
@@ -152,12 +224,17 @@ def naive_attach(model, links: list[Link], texts: list[tuple[torch.Tensor, bool]
     """`texts`: every text of the run with whether it is to get the null reference."""
     model = model.clone()
     sampling = model.get_model_object("model_sampling")
-    windowed = [(link, (sampling.percent_to_sigma(link.start_percent), sampling.percent_to_sigma(link.end_percent))) for link in links]
+    windowed = [
+        (link, (sampling.percent_to_sigma(link.start_percent), sampling.percent_to_sigma(link.end_percent)))
+        for link in links
+    ]
     slots = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
     for address, attn2 in unet.cross_attentions(model.model.diffusion_model).items():
         kind, number, index = runtime._block(address)
         previous = slots.get((kind, number, index), slots.get((kind, number)))
-        model.set_model_attn2_replace(NaiveBlock(address, attn2, windowed, texts, previous), kind, number, transformer_index=index)
+        model.set_model_attn2_replace(
+            NaiveBlock(address, attn2, windowed, texts, previous), kind, number, transformer_index=index
+        )
     return model
 
 

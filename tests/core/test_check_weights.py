@@ -1,4 +1,5 @@
 """scripts/check_weights.py: what a user with real files runs."""
+
 from __future__ import annotations
 
 import subprocess
@@ -8,8 +9,9 @@ from pathlib import Path
 import public_layouts as public
 import pytest
 import torch
-from flexip_core import mini
 from safetensors.torch import save_file
+
+from flexip_core import mini
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "scripts"))
@@ -21,7 +23,13 @@ def sd15_tensors() -> dict[str, dict[str, torch.Tensor]]:
     """Files of the real sizes in fp16, 45 to 100 MB."""
     unet = public.unet_on_meta(public.SD15)
     made = {"plain": (public.plain, 1024, 768), "plus": (public.plus, 1280, 768, 768, 12)}
-    return {family: {key: value.half() for key, value in public.random_tensors(public.public_shapes(public.on_meta(*args), unet), 1).items()} for family, args in made.items()}
+    return {
+        family: {
+            key: value.half()
+            for key, value in public.random_tensors(public.public_shapes(public.on_meta(*args), unet), 1).items()
+        }
+        for family, args in made.items()
+    }
 
 
 def rows_of(folder: Path) -> dict[str, check_weights.Row]:
@@ -35,15 +43,29 @@ def test_every_kind_of_file_gets_its_line(tmp_path, sd15_tensors, capsys):
     mini.make_mini_flexip(tmp_path / "native.safetensors")
     mini.make_mini_encoders(tmp_path / "deep")
     save_file({"lora_up.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
-    save_file({"image_proj.proj.0.weight": torch.zeros(8, 512), "ip_adapter.1.to_k_ip.weight": torch.zeros(2, 2)}, tmp_path / "face.safetensors")
+    save_file(
+        {"image_proj.proj.0.weight": torch.zeros(8, 512), "ip_adapter.1.to_k_ip.weight": torch.zeros(2, 2)},
+        tmp_path / "face.safetensors",
+    )
     (tmp_path / "notes.txt").write_text("not looked at")
     rows = {Path(name).name: row for name, row in rows_of(tmp_path).items()}
-    assert set(rows) == {"a.safetensors", "b.bin", "native.safetensors", mini.MINI_CLIP_FILE, mini.MINI_DINO_FILE, "lora.safetensors", "face.safetensors"}
+    assert set(rows) == {
+        "a.safetensors",
+        "b.bin",
+        "native.safetensors",
+        mini.MINI_CLIP_FILE,
+        mini.MINI_DINO_FILE,
+        "lora.safetensors",
+        "face.safetensors",
+    }
     assert (rows["a.safetensors"].what, rows["a.safetensors"].loads) == ("IP-Adapter plus for SD1.5", "yes")
     assert (rows["b.bin"].what, rows["b.bin"].loads) == ("IP-Adapter plain for SD1.5", "yes")
     for name in ("a.safetensors", "b.bin"):
         assert rows[name].wants.startswith("CLIP ViT-H/14") and float(rows[name].diffusers) < 1e-5
-    assert rows["native.safetensors"].what.startswith("FlexIP checkpoint for ") and rows["native.safetensors"].loads == "yes"
+    assert (
+        rows["native.safetensors"].what.startswith("FlexIP checkpoint for ")
+        and rows["native.safetensors"].loads == "yes"
+    )
     assert rows["native.safetensors"].wants.count("wide") == 2
     assert rows[mini.MINI_CLIP_FILE].what.startswith("CLIP ") and rows[mini.MINI_CLIP_FILE].loads == "yes"
     assert rows[mini.MINI_DINO_FILE].what.startswith("DINOv2 ") and rows[mini.MINI_DINO_FILE].loads == "yes"
@@ -54,7 +76,15 @@ def test_every_kind_of_file_gets_its_line(tmp_path, sd15_tensors, capsys):
     assert len(lines) == 1 + len(rows) and lines[0].startswith("file")
 
 
-@pytest.mark.parametrize("breakage, words", [("cut", "cut off"), ("missing", "no tensor ip_adapter.31.to_v_ip.weight"), ("nan", "not finite"), ("page", "web page")])
+@pytest.mark.parametrize(
+    "breakage, words",
+    [
+        ("cut", "cut off"),
+        ("missing", "no tensor ip_adapter.31.to_v_ip.weight"),
+        ("nan", "not finite"),
+        ("page", "web page"),
+    ],
+)
 def test_a_broken_file_is_told_and_fails(tmp_path, sd15_tensors, breakage, words, capsys):
     path, tensors = tmp_path / "a.safetensors", dict(sd15_tensors["plain"])
     if breakage == "missing":
@@ -75,6 +105,7 @@ def test_a_broken_file_is_told_and_fails(tmp_path, sd15_tensors, breakage, words
 def test_a_projection_that_differs_from_diffusers_is_told(tmp_path, sd15_tensors, monkeypatch):
     save_file(sd15_tensors["plain"], tmp_path / "a.safetensors")
     from flexip_core.ip_adapter import PlainProjection
+
     original = PlainProjection.forward
     monkeypatch.setattr(PlainProjection, "forward", lambda self, x: original(self, x) + 0.01)
     row = rows_of(tmp_path)["a.safetensors"]
@@ -90,7 +121,17 @@ def test_without_diffusers_it_says_so(tmp_path, sd15_tensors, monkeypatch):
 
 def test_it_runs_as_a_script_from_anywhere(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    result = subprocess.run([sys.executable, str(REPO / "scripts" / "check_weights.py"), str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, str(REPO / "scripts" / "check_weights.py"), str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0 and "x.safetensors  something else (1 tensors)" in result.stdout, result.stderr
-    missing = subprocess.run([sys.executable, str(REPO / "scripts" / "check_weights.py"), str(tmp_path / "gone")], cwd=tmp_path, capture_output=True, text=True)
+    missing = subprocess.run(
+        [sys.executable, str(REPO / "scripts" / "check_weights.py"), str(tmp_path / "gone")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert missing.returncode == 2 and "is not a folder" in missing.stderr

@@ -1,4 +1,5 @@
 """The checkpoint format: a round trip, and a sentence for each way a file can be wrong."""
+
 import json
 
 import pytest
@@ -77,21 +78,24 @@ def changed_config(**changes):
 KEY = "blocks.input.1.0.preservation.to_k.weight"
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(metadata=lambda m: {}), ["not a FlexIP checkpoint"]),
-    (dict(metadata=lambda m: {**m, FORMAT_KEY: "2"}), ["format '2'", "reads format '1'"]),
-    (dict(metadata=lambda m: {FORMAT_KEY: "1"}), ["damaged", "must be an object"]),
-    (dict(metadata=lambda m: {**m, CONFIG_KEY: "{"}), ["damaged"]),
-    (dict(metadata=changed_config(surprise=1)), ["unknown fields: surprise"]),
-    (dict(metadata=changed_config(text_width="768")), ["text_width", "'768'"]),
-    (dict(metadata=changed_config(gate_mode="other")), ["gate_mode", "'other'"]),
-    (dict(metadata=changed_config(blocks={})), ["blocks is empty"]),
-    (dict(metadata=changed_config(detail_tokens=0)), ["detail_tokens", "at least 1"]),
-    (dict(metadata=changed_config(clip={"model": "c", "width": -1})), ["clip.width"]),
-    (dict(tensors=without(KEY)), ["1 missing", KEY]),
-    (dict(tensors=lambda t: {**t, "extra.weight": torch.zeros(1)}), ["1 unknown", "extra.weight"]),
-    (dict(tensors=lambda t: {**t, KEY: torch.zeros(16, 21)}), [KEY, "[16, 21]", "[16, 20]"]),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(metadata=lambda m: {}), ["not a FlexIP checkpoint"]),
+        (dict(metadata=lambda m: {**m, FORMAT_KEY: "2"}), ["format '2'", "reads format '1'"]),
+        (dict(metadata=lambda m: {FORMAT_KEY: "1"}), ["damaged", "must be an object"]),
+        (dict(metadata=lambda m: {**m, CONFIG_KEY: "{"}), ["damaged"]),
+        (dict(metadata=changed_config(surprise=1)), ["unknown fields: surprise"]),
+        (dict(metadata=changed_config(text_width="768")), ["text_width", "'768'"]),
+        (dict(metadata=changed_config(gate_mode="other")), ["gate_mode", "'other'"]),
+        (dict(metadata=changed_config(blocks={})), ["blocks is empty"]),
+        (dict(metadata=changed_config(detail_tokens=0)), ["detail_tokens", "at least 1"]),
+        (dict(metadata=changed_config(clip={"model": "c", "width": -1})), ["clip.width"]),
+        (dict(tensors=without(KEY)), ["1 missing", KEY]),
+        (dict(tensors=lambda t: {**t, "extra.weight": torch.zeros(1)}), ["1 unknown", "extra.weight"]),
+        (dict(tensors=lambda t: {**t, KEY: torch.zeros(16, 21)}), [KEY, "[16, 21]", "[16, 20]"]),
+    ],
+)
 def test_each_way_to_be_wrong_is_one_sentence_with_the_files_name(path, change, words):
     rewrite(path, **change)
     with pytest.raises(ValueError) as error:

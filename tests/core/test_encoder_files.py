@@ -6,6 +6,7 @@ PatchEmbed, Attention, Mlp, SwiGLUFFN, LayerScale), as huggingface/transformers 
 convert_dinov2_with_registers_to_hf.py (create_rename_keys, read_in_q_k_v). Chunked blocks: BlockChunk there, and the
 key listings in facebookresearch/dinov2 issues 210, 235 and 321.
 """
+
 from __future__ import annotations
 
 import open_clip
@@ -24,14 +25,30 @@ transformers.utils.logging.disable_progress_bar()
 CLIP = TowerShape("clip", width=32, depth=3, mlp=128, patch=14, positions=4, out=24)
 DINO = TowerShape("dino", width=32, depth=3, mlp=128, patch=14, positions=4, out=32)
 DINO_SWIGLU = TowerShape("dino", width=32, depth=3, mlp=88, patch=14, positions=4, out=32, gated=True)
-DINO_REG = TowerShape("dino", width=32, depth=3, mlp=128, patch=14, positions=4, out=32, registers=4,
-                      class_position=False)
+DINO_REG = TowerShape(
+    "dino", width=32, depth=3, mlp=128, patch=14, positions=4, out=32, registers=4, class_position=False
+)
 VISION = {"width": 32, "layers": 3, "head_width": 16, "patch_size": 14, "image_size": 28}
-HF_CLIP = {"hidden_size": 32, "intermediate_size": 128, "projection_dim": 24, "num_hidden_layers": 3,
-           "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+HF_CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "projection_dim": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 HF_DINO = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-HF_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-           "vocab_size": 50, "projection_dim": 24, "bos_token_id": 1, "eos_token_id": 2}
+HF_TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+    "projection_dim": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def saved_by_transformers(model, tmp_path):
@@ -44,8 +61,9 @@ def hf_clip_vision():
 
 
 def hf_clip_full():
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=HF_TEXT, vision_config=HF_CLIP,
-                                                          projection_dim=24))
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=HF_TEXT, vision_config=HF_CLIP, projection_dim=24)
+    )
 
 
 def hf_dino(**changes):
@@ -72,21 +90,44 @@ def timm_dino(name="vit_small_patch14_dinov2", **changes):
 def meta_dino(kind="plain", chunks=0):
     """The state dict of a DinoVisionTransformer, names from the sources above."""
     width, hidden = 32, 88 if kind == "swiglu" else 128
-    state = {"cls_token": (1, 1, width), "pos_embed": (1, 5, width), "mask_token": (1, width),
-             "patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,),
-             "norm.weight": (width,), "norm.bias": (width,)}
+    state = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 5, width),
+        "mask_token": (1, width),
+        "patch_embed.proj.weight": (width, 3, 14, 14),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
     if kind == "registers":
         state["register_tokens"] = (1, 4, width)
     for i in range(3):
-        block = {"norm1.weight": (width,), "norm1.bias": (width,), "attn.qkv.weight": (3 * width, width),
-                 "attn.qkv.bias": (3 * width,), "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
-                 "ls1.gamma": (width,), "norm2.weight": (width,), "norm2.bias": (width,), "ls2.gamma": (width,)}
+        block = {
+            "norm1.weight": (width,),
+            "norm1.bias": (width,),
+            "attn.qkv.weight": (3 * width, width),
+            "attn.qkv.bias": (3 * width,),
+            "attn.proj.weight": (width, width),
+            "attn.proj.bias": (width,),
+            "ls1.gamma": (width,),
+            "norm2.weight": (width,),
+            "norm2.bias": (width,),
+            "ls2.gamma": (width,),
+        }
         if kind == "swiglu":
-            block |= {"mlp.w12.weight": (2 * hidden, width), "mlp.w12.bias": (2 * hidden,),
-                      "mlp.w3.weight": (width, hidden), "mlp.w3.bias": (width,)}
+            block |= {
+                "mlp.w12.weight": (2 * hidden, width),
+                "mlp.w12.bias": (2 * hidden,),
+                "mlp.w3.weight": (width, hidden),
+                "mlp.w3.bias": (width,),
+            }
         else:
-            block |= {"mlp.fc1.weight": (hidden, width), "mlp.fc1.bias": (hidden,),
-                      "mlp.fc2.weight": (width, hidden), "mlp.fc2.bias": (width,)}
+            block |= {
+                "mlp.fc1.weight": (hidden, width),
+                "mlp.fc1.bias": (hidden,),
+                "mlp.fc2.weight": (width, hidden),
+                "mlp.fc2.bias": (width,),
+            }
         # block_chunks=2 of 3 blocks: chunks of one; earlier places are nn.Identity, so the second number counts through
         place = f"blocks.{i}.{i}." if chunks else f"blocks.{i}."
         state |= {place + key: shape for key, shape in block.items()}
@@ -106,19 +147,39 @@ TRUNK = TowerShape("clip", width=192, depth=12, mlp=768, patch=16, positions=196
 KNOWN = {
     "open_clip full": (lambda t: open_clip_full().state_dict(), "open_clip", "visual.", CLIP),
     "open_clip bare tower": (lambda t: open_clip_full().visual.state_dict(), "open_clip", "", CLIP),
-    "open_clip, DataParallel": (lambda t: with_prefix("module.", open_clip_full().state_dict()), "open_clip",
-                                "module.visual.", CLIP),
-    "open_clip around timm": (lambda t: with_prefix("visual.", open_clip_timm_tower().state_dict()), "open_clip",
-                              "visual.", TRUNK),
-    "transformers vision": (lambda t: saved_by_transformers(hf_clip_vision(), t), "transformers", "vision_model.",
-                            CLIP),
+    "open_clip, DataParallel": (
+        lambda t: with_prefix("module.", open_clip_full().state_dict()),
+        "open_clip",
+        "module.visual.",
+        CLIP,
+    ),
+    "open_clip around timm": (
+        lambda t: with_prefix("visual.", open_clip_timm_tower().state_dict()),
+        "open_clip",
+        "visual.",
+        TRUNK,
+    ),
+    "transformers vision": (
+        lambda t: saved_by_transformers(hf_clip_vision(), t),
+        "transformers",
+        "vision_model.",
+        CLIP,
+    ),
     "transformers full": (lambda t: saved_by_transformers(hf_clip_full(), t), "transformers", "vision_model.", CLIP),
     "dino transformers": (lambda t: saved_by_transformers(hf_dino(), t), "transformers", "", DINO),
-    "dino transformers swiglu": (lambda t: saved_by_transformers(hf_dino(use_swiglu_ffn=True), t), "transformers", "",
-                                 DINO_SWIGLU),
+    "dino transformers swiglu": (
+        lambda t: saved_by_transformers(hf_dino(use_swiglu_ffn=True), t),
+        "transformers",
+        "",
+        DINO_SWIGLU,
+    ),
     "dino transformers registers": (lambda t: saved_by_transformers(hf_dino_reg(), t), "transformers", "", DINO_REG),
-    "dino transformers classifier": (lambda t: saved_by_transformers(hf_dino_classifier(), t), "transformers",
-                                     "dinov2.", DINO),
+    "dino transformers classifier": (
+        lambda t: saved_by_transformers(hf_dino_classifier(), t),
+        "transformers",
+        "dinov2.",
+        DINO,
+    ),
     "dino timm": (lambda t: timm_dino().state_dict(), "timm", "", DINO),
     "dino timm with head": (lambda t: timm_dino(num_classes=7).state_dict(), "timm", "", DINO),
     "dino timm registers": (lambda t: timm_dino("vit_small_patch14_reg4_dinov2").state_dict(), "timm", "", DINO_REG),
@@ -126,8 +187,12 @@ KNOWN = {
     "dino meta chunked": (lambda t: meta_dino(chunks=2), "meta", "", DINO),
     "dino meta swiglu": (lambda t: meta_dino("swiglu"), "meta", "", DINO_SWIGLU),
     "dino meta registers": (lambda t: meta_dino("registers"), "meta", "", DINO_REG),
-    "dino meta training": (lambda t: with_prefix("student.backbone.", meta_dino())
-                           | with_prefix("teacher.backbone.", meta_dino()), "meta", "teacher.backbone.", DINO),
+    "dino meta training": (
+        lambda t: with_prefix("student.backbone.", meta_dino()) | with_prefix("teacher.backbone.", meta_dino()),
+        "meta",
+        "teacher.backbone.",
+        DINO,
+    ),
 }
 
 
@@ -202,12 +267,16 @@ def test_a_clip_without_its_projection_says_so(tmp_path):
     assert "no projection" in describe(file)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: torch.nn.Linear(3, 3), lambda: timm.create_model("resnet10t"),
-    lambda: open_clip.model.TextTransformer(width=16, heads=2, layers=1, vocab_size=50),
-    lambda: transformers.ViTModel(transformers.ViTConfig(**HF_DINO)),
-    lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**HF_TEXT)),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.nn.Linear(3, 3),
+        lambda: timm.create_model("resnet10t"),
+        lambda: open_clip.model.TextTransformer(width=16, heads=2, layers=1, vocab_size=50),
+        lambda: transformers.ViTModel(transformers.ViTConfig(**HF_DINO)),
+        lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**HF_TEXT)),
+    ],
+)
 def test_other_models_are_not_mistaken_for_encoders(make):
     assert identify({key: tuple(value.shape) for key, value in make().state_dict().items()}) is None
 
@@ -218,14 +287,24 @@ def test_right_names_with_senseless_shapes_are_not_recognised(case, shape):
     assert identify(dict.fromkeys(KNOWN[case][0](None), shape)) is None
 
 
-@pytest.mark.parametrize("shape, words", [
-    (TowerShape("clip", 1280, 32, 5120, 14, 256, 1024),
-     "CLIP ViT-H/14 (1280 wide, 32 layers, 224 px, embedding 1024)"),
-    (TowerShape("clip", 1024, 24, 4096, 14, 576, 768), "CLIP ViT-L/14 (1024 wide, 24 layers, 336 px, embedding 768)"),
-    (TowerShape("dino", 1024, 24, 4096, 14, 1369, 1024), "DINOv2 ViT-L/14 (1024 wide, 24 layers)"),
-    (TowerShape("dino", 1536, 40, 4096, 14, 1369, 1536, registers=4, gated=True),
-     "DINOv2 ViT-g/14 (1536 wide, 40 layers, 4 registers)"),
-    (CLIP, "CLIP ViT with 14 px patches (32 wide, 3 layers, 28 px, embedding 24)"),
-])
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        (
+            TowerShape("clip", 1280, 32, 5120, 14, 256, 1024),
+            "CLIP ViT-H/14 (1280 wide, 32 layers, 224 px, embedding 1024)",
+        ),
+        (
+            TowerShape("clip", 1024, 24, 4096, 14, 576, 768),
+            "CLIP ViT-L/14 (1024 wide, 24 layers, 336 px, embedding 768)",
+        ),
+        (TowerShape("dino", 1024, 24, 4096, 14, 1369, 1024), "DINOv2 ViT-L/14 (1024 wide, 24 layers)"),
+        (
+            TowerShape("dino", 1536, 40, 4096, 14, 1369, 1536, registers=4, gated=True),
+            "DINOv2 ViT-g/14 (1536 wide, 40 layers, 4 registers)",
+        ),
+        (CLIP, "CLIP ViT with 14 px patches (32 wide, 3 layers, 28 px, embedding 24)"),
+    ],
+)
 def test_encoders_are_described_in_words(shape, words):
     assert describe(shape) == words

@@ -1,4 +1,5 @@
 """The towers give what transformers, timm and open_clip give for the same weights, from every layout of file."""
+
 from __future__ import annotations
 
 import copy
@@ -23,8 +24,16 @@ transformers.utils.logging.disable_progress_bar()
 
 VISION = {"width": 32, "layers": 3, "head_width": 16, "patch_size": 14, "image_size": 56}
 CLIP = ClipConfig("tiny", 24, VISION)
-HF_CLIP = {"hidden_size": 32, "intermediate_size": 128, "projection_dim": 24, "num_hidden_layers": 3,
-           "num_attention_heads": 2, "image_size": 56, "patch_size": 14, "hidden_act": "gelu"}
+HF_CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "projection_dim": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+}
 DINO_ARGS = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 DINO = DinoConfig("vit_small_patch14_dinov2", 32, 518, DINO_ARGS)
 DINO_REG = DinoConfig("vit_small_patch14_reg4_dinov2", 32, 518, DINO_ARGS)
@@ -35,6 +44,7 @@ HF_DINO = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, 
 def no_network(monkeypatch):
     def refuse(*_):
         raise AssertionError("an encoder tried to use the network")
+
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
@@ -62,14 +72,21 @@ def as_open_clip(hf: torch.nn.Module, tmp_path: Path) -> dict:
     """A full open_clip CLIP with the weights of a transformers model, copied module by module."""
     model = open_clip.CLIP(24, VISION, {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1})
     ours, theirs = model.visual, hf.vision_model
-    pairs = [(ours.conv1, theirs.embeddings.patch_embedding), (ours.ln_pre, theirs.pre_layrnorm),
-             (ours.ln_post, theirs.post_layernorm)]
+    pairs = [
+        (ours.conv1, theirs.embeddings.patch_embedding),
+        (ours.ln_pre, theirs.pre_layrnorm),
+        (ours.ln_post, theirs.post_layernorm),
+    ]
     with torch.no_grad():
         for block, layer in zip(ours.transformer.resblocks, theirs.encoder.layers, strict=True):
             attention = layer.self_attn
-            pairs += [(block.ln_1, layer.layer_norm1), (block.ln_2, layer.layer_norm2),
-                      (block.mlp.c_fc, layer.mlp.fc1), (block.mlp.c_proj, layer.mlp.fc2),
-                      (block.attn.out_proj, attention.out_proj)]
+            pairs += [
+                (block.ln_1, layer.layer_norm1),
+                (block.ln_2, layer.layer_norm2),
+                (block.mlp.c_fc, layer.mlp.fc1),
+                (block.mlp.c_proj, layer.mlp.fc2),
+                (block.attn.out_proj, attention.out_proj),
+            ]
             qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
             block.attn.in_proj_weight.copy_(torch.cat([p.weight for p in qkv]))
             block.attn.in_proj_bias.copy_(torch.cat([p.bias for p in qkv]))
@@ -124,10 +141,15 @@ def hf_dino_reg():
 def as_meta(hf: torch.nn.Module, tmp_path: Path) -> dict:
     """Meta's names, from facebookresearch/dinov2, dinov2/models/vision_transformer.py."""
     embeddings = hf.embeddings
-    state = {"cls_token": embeddings.cls_token, "pos_embed": embeddings.position_embeddings,
-             "mask_token": embeddings.mask_token, "norm.weight": hf.layernorm.weight, "norm.bias": hf.layernorm.bias,
-             "patch_embed.proj.weight": embeddings.patch_embeddings.projection.weight,
-             "patch_embed.proj.bias": embeddings.patch_embeddings.projection.bias}
+    state = {
+        "cls_token": embeddings.cls_token,
+        "pos_embed": embeddings.position_embeddings,
+        "mask_token": embeddings.mask_token,
+        "norm.weight": hf.layernorm.weight,
+        "norm.bias": hf.layernorm.bias,
+        "patch_embed.proj.weight": embeddings.patch_embeddings.projection.weight,
+        "patch_embed.proj.bias": embeddings.patch_embeddings.projection.bias,
+    }
     if hasattr(embeddings, "register_tokens"):
         state["register_tokens"] = embeddings.register_tokens
     for i, layer in enumerate(hf.encoder.layer):
@@ -139,13 +161,17 @@ def as_meta(hf: torch.nn.Module, tmp_path: Path) -> dict:
             parts["mlp.w3"] = mlp.down_proj
         for kind in ("weight", "bias"):
             state |= {f"blocks.{i}.{name}.{kind}": getattr(part, kind) for name, part in parts.items()}
-            state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([getattr(p, kind) for p in (at.q_proj, at.k_proj,
-                                                                                          at.v_proj)])
+            state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(
+                [getattr(p, kind) for p in (at.q_proj, at.k_proj, at.v_proj)]
+            )
             if not hasattr(mlp, "fc1"):
-                state[f"blocks.{i}.mlp.w12.{kind}"] = torch.cat([getattr(p, kind) for p in (mlp.gate_proj,
-                                                                                            mlp.up_proj)])
-        state |= {f"blocks.{i}.ls1.gamma": layer.layer_scale1.lambda1,
-                  f"blocks.{i}.ls2.gamma": layer.layer_scale2.lambda1}
+                state[f"blocks.{i}.mlp.w12.{kind}"] = torch.cat(
+                    [getattr(p, kind) for p in (mlp.gate_proj, mlp.up_proj)]
+                )
+        state |= {
+            f"blocks.{i}.ls1.gamma": layer.layer_scale1.lambda1,
+            f"blocks.{i}.ls2.gamma": layer.layer_scale2.lambda1,
+        }
     return {key: value.detach() for key, value in state.items()}
 
 
@@ -166,7 +192,7 @@ def test_dino_patch_tokens_equal_transformers_at_518_px(tmp_path, cfg, make, lay
     with torch.no_grad():
         theirs, ours = hf(pixels).last_hidden_state, tower(pixels)
     assert ours.shape == (1, 37 * 37, 32) and ours.std() > 0.1
-    torch.testing.assert_close(ours, theirs[:, -37 * 37:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, theirs[:, -37 * 37 :], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", [as_transformers, as_meta])
@@ -196,7 +222,7 @@ def test_rotary_vits_get_their_unsaved_tables(tmp_path):
     tower = load_tower(cfg, saved(tmp_path, model.state_dict()))
     pixels = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        theirs = model.forward_features(pixels)[:, model.num_prefix_tokens:]
+        theirs = model.forward_features(pixels)[:, model.num_prefix_tokens :]
         torch.testing.assert_close(tower(pixels), theirs, atol=1e-5, rtol=1e-5)
     assert tower(pixels).shape == (1, 196, 48)
 
@@ -210,28 +236,34 @@ def test_a_tensor_left_on_the_meta_device_is_reported(tmp_path, monkeypatch):
 
 
 def test_open_clip_towers_around_timm_work(tmp_path):
-    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear",
-              "image_size": 224}
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear", "image_size": 224}
     model = shaken(open_clip.timm_model.TimmModel("vit_tiny_patch16_224", 24, pool="token", proj="linear"))
-    tower = load_tower(ClipConfig("tiny-timm", 24, vision),
-                       saved(tmp_path, {f"visual.{key}": value for key, value in model.state_dict().items()}))
+    tower = load_tower(
+        ClipConfig("tiny-timm", 24, vision),
+        saved(tmp_path, {f"visual.{key}": value for key, value in model.state_dict().items()}),
+    )
     pixels = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(tower(pixels), model(pixels), atol=1e-5, rtol=1e-5)
         hidden = tower.penultimate(pixels)
         last = model.trunk.blocks[-1](hidden)
-        torch.testing.assert_close(model.head(model.trunk.forward_head(model.trunk.norm(last))), model(pixels),
-                                   atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model.head(model.trunk.forward_head(model.trunk.norm(last))), model(pixels), atol=1e-4, rtol=1e-4
+        )
     assert hidden.shape == (1, 197, 192)
 
 
-@pytest.mark.parametrize("cfg, mean, size", [
-    (ClipConfig(), (0.48145466, 0.4578275, 0.40821073), 224),
-    (ClipConfig("ViT-L-14-336", 768), (0.48145466, 0.4578275, 0.40821073), 336),
-    (ClipConfig("ViT-B-16-SigLIP", 768), (0.5, 0.5, 0.5), 224),
-    (ClipConfig("ViT-H-14-CLIPA", 1024), (0.485, 0.456, 0.406), 224),
-    (DinoConfig(), (0.485, 0.456, 0.406), 224),
-], ids=lambda v: getattr(v, "model", None))
+@pytest.mark.parametrize(
+    "cfg, mean, size",
+    [
+        (ClipConfig(), (0.48145466, 0.4578275, 0.40821073), 224),
+        (ClipConfig("ViT-L-14-336", 768), (0.48145466, 0.4578275, 0.40821073), 336),
+        (ClipConfig("ViT-B-16-SigLIP", 768), (0.5, 0.5, 0.5), 224),
+        (ClipConfig("ViT-H-14-CLIPA", 1024), (0.485, 0.456, 0.406), 224),
+        (DinoConfig(), (0.485, 0.456, 0.406), 224),
+    ],
+    ids=lambda v: getattr(v, "model", None),
+)
 def test_towers_know_how_pixels_must_be_prepared(cfg, mean, size):
     build = encoders.build_clip_tower if isinstance(cfg, ClipConfig) else encoders.build_dino_tower
     tower = build(cfg, "meta")
@@ -253,8 +285,9 @@ def test_pickled_files_load_like_safetensors(tmp_path):
     hf, pixels = hf_clip(), torch.randn(1, 3, 56, 56)
     torch.save({"state_dict": hf.state_dict()}, tmp_path / "pytorch_model.bin")
     with torch.no_grad():
-        torch.testing.assert_close(load_tower(CLIP, tmp_path / "pytorch_model.bin")(pixels), hf(pixels).image_embeds,
-                                   atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            load_tower(CLIP, tmp_path / "pytorch_model.bin")(pixels), hf(pixels).image_embeds, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_a_shared_state_dict_is_not_changed(tmp_path):
@@ -267,8 +300,9 @@ def test_a_shared_state_dict_is_not_changed(tmp_path):
 
 
 def tiny_clip(**changes) -> dict:
-    return open_clip.CLIP(24, {**VISION, **changes}, {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2,
-                                                      "layers": 1}).state_dict()
+    return open_clip.CLIP(
+        24, {**VISION, **changes}, {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+    ).state_dict()
 
 
 def without(state: dict, key: str) -> dict:
@@ -279,21 +313,24 @@ def dino_state(**changes) -> dict:
     return timm.create_model(DINO.model, num_classes=0, **{"img_size": 56, **DINO_ARGS, **changes}).state_dict()
 
 
-@pytest.mark.parametrize("cfg, make, words", [
-    (CLIP, lambda: tiny_clip(layers=4), ["4 layers", "3 layers", "tiny"]),
-    (CLIP, lambda: tiny_clip(width=64), ["64 wide", "32 wide"]),
-    (CLIP, lambda: tiny_clip(image_size=28), ["28 px", "56 px"]),
-    (CLIP, dino_state, ["DINOv2", "CLIP"]),
-    (DINO, tiny_clip, ["CLIP", "DINOv2"]),
-    (DINO, lambda: dino_state(embed_dim=64), ["64 wide", "32 wide"]),
-    (DINO_REG, dino_state, ["DINOv2", "4 registers"]),
-    (CLIP, lambda: torch.nn.Linear(2, 2).state_dict(), ["no image encoder that FlexIP knows"]),
-    (CLIP, lambda: without(tiny_clip(), "visual.ln_pre.bias"), ["lacks 1 tensors", "ln_pre.bias"]),
-    (CLIP, lambda: without(tiny_clip(), "visual.proj"), ["no projection"]),
-    (CLIP, lambda: tiny_clip() | {"visual.surprise": torch.ones(1)}, ["extra", "surprise"]),
-    (DINO, lambda: without(dino_state(), "blocks.1.ls1.gamma"), ["lacks 1 tensors", "blocks.1.ls1.gamma"]),
-    (DINO, lambda: dino_state() | {"norm.weight": torch.ones(5)}, ["norm.weight", "(5,)", "(32,)"]),
-])
+@pytest.mark.parametrize(
+    "cfg, make, words",
+    [
+        (CLIP, lambda: tiny_clip(layers=4), ["4 layers", "3 layers", "tiny"]),
+        (CLIP, lambda: tiny_clip(width=64), ["64 wide", "32 wide"]),
+        (CLIP, lambda: tiny_clip(image_size=28), ["28 px", "56 px"]),
+        (CLIP, dino_state, ["DINOv2", "CLIP"]),
+        (DINO, tiny_clip, ["CLIP", "DINOv2"]),
+        (DINO, lambda: dino_state(embed_dim=64), ["64 wide", "32 wide"]),
+        (DINO_REG, dino_state, ["DINOv2", "4 registers"]),
+        (CLIP, lambda: torch.nn.Linear(2, 2).state_dict(), ["no image encoder that FlexIP knows"]),
+        (CLIP, lambda: without(tiny_clip(), "visual.ln_pre.bias"), ["lacks 1 tensors", "ln_pre.bias"]),
+        (CLIP, lambda: without(tiny_clip(), "visual.proj"), ["no projection"]),
+        (CLIP, lambda: tiny_clip() | {"visual.surprise": torch.ones(1)}, ["extra", "surprise"]),
+        (DINO, lambda: without(dino_state(), "blocks.1.ls1.gamma"), ["lacks 1 tensors", "blocks.1.ls1.gamma"]),
+        (DINO, lambda: dino_state() | {"norm.weight": torch.ones(5)}, ["norm.weight", "(5,)", "(32,)"]),
+    ],
+)
 def test_a_file_that_does_not_fit_is_named_with_what_it_is_and_what_is_wanted(tmp_path, cfg, make, words):
     path = saved(tmp_path, make())
     with pytest.raises(ValueError) as error:
@@ -316,28 +353,32 @@ def test_fitting_shapes_are_recognised_whatever_the_position_count():
     assert wanted_shape(DINO).positions == 37 * 37
 
 
-@pytest.mark.parametrize("cfg, words", [
-    (ClipConfig("vit-h14"), ["open_clip knows no", "ViT-H-14"]),
-    (ClipConfig("RN50"), ["not a plain vision transformer", "ViT-"]),
-    (ClipConfig("convnext_base", 512), ["not a plain vision transformer"]),
-    (ClipConfig("ViTamin-S", 384), ["not a plain vision transformer"]),
-    (ClipConfig("hf-hub:laion/CLIP-ViT-H-14-laion2B-s32B-b79K"), ["open_clip knows no"]),
-    (ClipConfig("ViT-H-14", 768), ["1024", "768"]),
-    (ClipConfig("x", 24, {**VISION, "timm_model_pretrained": True}), ["'timm_model_pretrained'", "not allowed"]),
-    (ClipConfig("x", 24, {"timm_model_name": "hf-hub:a/b"}), ["not a plain vision transformer"]),
-    (ClipConfig("x", 24, {**VISION, "colour": 3}), ["'colour'", "not allowed"]),
-    (ClipConfig("x", 24, {**VISION, "layers": 10**9}), ["'layers'", "1000000000"]),
-    (ClipConfig("x", 24, {**VISION, "head_width": 5}), ["cannot be built"]),
-    (DinoConfig("vit_large_patch14_dinov9"), ["timm knows no", "vit_large_patch14_dinov2"]),
-    (DinoConfig("resnet50"), ["timm knows no"]),
-    (DinoConfig("maxvit_tiny_tf_224"), ["not a plain vision transformer"]),
-    (DinoConfig("hf-hub:timm/vit_large_patch14_dinov2"), ["timm knows no"]),
-    (DinoConfig(width=768), ["1024", "768"]),
-    (DinoConfig(args={"pretrained": True}), ["'pretrained'", "not allowed"]),
-    (DinoConfig(args={"checkpoint_path": "x.pth"}), ["'checkpoint_path'"]),
-    (DinoConfig(args={"depth": 10**9}), ["'depth'", "1000000000"]),
-    (DinoConfig(args={"num_heads": 7}), ["cannot be built"]),
-], ids=lambda v: None if isinstance(v, list) else f"{v.model}")
+@pytest.mark.parametrize(
+    "cfg, words",
+    [
+        (ClipConfig("vit-h14"), ["open_clip knows no", "ViT-H-14"]),
+        (ClipConfig("RN50"), ["not a plain vision transformer", "ViT-"]),
+        (ClipConfig("convnext_base", 512), ["not a plain vision transformer"]),
+        (ClipConfig("ViTamin-S", 384), ["not a plain vision transformer"]),
+        (ClipConfig("hf-hub:laion/CLIP-ViT-H-14-laion2B-s32B-b79K"), ["open_clip knows no"]),
+        (ClipConfig("ViT-H-14", 768), ["1024", "768"]),
+        (ClipConfig("x", 24, {**VISION, "timm_model_pretrained": True}), ["'timm_model_pretrained'", "not allowed"]),
+        (ClipConfig("x", 24, {"timm_model_name": "hf-hub:a/b"}), ["not a plain vision transformer"]),
+        (ClipConfig("x", 24, {**VISION, "colour": 3}), ["'colour'", "not allowed"]),
+        (ClipConfig("x", 24, {**VISION, "layers": 10**9}), ["'layers'", "1000000000"]),
+        (ClipConfig("x", 24, {**VISION, "head_width": 5}), ["cannot be built"]),
+        (DinoConfig("vit_large_patch14_dinov9"), ["timm knows no", "vit_large_patch14_dinov2"]),
+        (DinoConfig("resnet50"), ["timm knows no"]),
+        (DinoConfig("maxvit_tiny_tf_224"), ["not a plain vision transformer"]),
+        (DinoConfig("hf-hub:timm/vit_large_patch14_dinov2"), ["timm knows no"]),
+        (DinoConfig(width=768), ["1024", "768"]),
+        (DinoConfig(args={"pretrained": True}), ["'pretrained'", "not allowed"]),
+        (DinoConfig(args={"checkpoint_path": "x.pth"}), ["'checkpoint_path'"]),
+        (DinoConfig(args={"depth": 10**9}), ["'depth'", "1000000000"]),
+        (DinoConfig(args={"num_heads": 7}), ["cannot be built"]),
+    ],
+    ids=lambda v: None if isinstance(v, list) else f"{v.model}",
+)
 def test_impossible_configs_get_one_sentence(cfg, words):
     with pytest.raises(ValueError) as error:
         describe_model(cfg)
@@ -346,6 +387,8 @@ def test_impossible_configs_get_one_sentence(cfg, words):
 
 
 def test_flexip_core_imports_neither_open_clip_nor_timm():
-    code = ("import sys, flexip_core.encoders, flexip_core.encoder_files, flexip_core.weights, flexip_core.images; "
-            "sys.exit(bool({'open_clip', 'timm', 'transformers'} & set(sys.modules)))")
+    code = (
+        "import sys, flexip_core.encoders, flexip_core.encoder_files, flexip_core.weights, flexip_core.images; "
+        "sys.exit(bool({'open_clip', 'timm', 'transformers'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0

@@ -1,4 +1,5 @@
 """The gate's arithmetic."""
+
 import pytest
 import torch
 
@@ -25,7 +26,9 @@ def test_weights_sum_to_strength(gate):
 def test_output_of_a_block_is_affine_in_the_gate():
     ends = output("outputs", 0.0), output("outputs", 1.0)
     for gate in (0.1, 0.25, 0.5, 0.77, 0.9):
-        torch.testing.assert_close(output("outputs", gate), (1 - gate) * ends[0] + gate * ends[1], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(
+            output("outputs", gate), (1 - gate) * ends[0] + gate * ends[1], rtol=1e-12, atol=1e-13
+        )
 
 
 @pytest.mark.parametrize("gate, index", [(1.0, 0), (0.0, 1)])
@@ -58,7 +61,12 @@ def test_padding_of_shorter_conditionings_changes_nothing(mode):
     padded = stack_rows([short, tuple(t[1:] for t in personalization[:2])])
     assert padded[0].shape == personalization[0].shape and padded[2] is not None
     got = decoupled_attention(base, q, gated_branches(mode, 0.4, 1.0, preservation, padded), heads=3)
-    alone = decoupled_attention(base[:1], q[:1], gated_branches(mode, 0.4, 1.0, tuple(t[:1] for t in preservation[:2]) + (None,), (*short, None)), heads=3)
+    alone = decoupled_attention(
+        base[:1],
+        q[:1],
+        gated_branches(mode, 0.4, 1.0, tuple(t[:1] for t in preservation[:2]) + (None,), (*short, None)),
+        heads=3,
+    )
     torch.testing.assert_close(got[:1], alone)
 
 

@@ -1,4 +1,5 @@
 """Reference pictures become squares without a wrong aspect, whatever their shape, and nonsense is refused."""
+
 from __future__ import annotations
 
 import pytest
@@ -18,7 +19,7 @@ def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> torch.
 def disc(height: int, width: int, radius: float) -> torch.Tensor:
     """A white disc in the middle of a black picture: shows a wrong aspect."""
     y, x = torch.arange(height)[:, None] - (height - 1) / 2, torch.arange(width)[None] - (width - 1) / 2
-    return ((y ** 2 + x ** 2).sqrt() < radius).float()[..., None].expand(-1, -1, 3)
+    return ((y**2 + x**2).sqrt() < radius).float()[..., None].expand(-1, -1, 3)
 
 
 def extent(square: torch.Tensor, level: float = 0.75) -> tuple[int, int]:
@@ -34,11 +35,20 @@ def box_mask(height: int, width: int, top: int, bottom: int, left: int, right: i
 
 
 @settings(max_examples=150, deadline=None)
-@given(height=st.integers(1, 90), width=st.integers(1, 90), channels=st.sampled_from([1, 3, 4]),
-       size=st.sampled_from([1, 14, 32]), crop=st.sampled_from(CROPS), mask_dims=st.integers(0, 4),
-       mask_height=st.integers(1, 40), mask_width=st.integers(1, 40), seed=st.integers(0, 99))
-def test_any_picture_becomes_a_square_of_legal_colours(height, width, channels, size, crop, mask_dims, mask_height,
-                                                       mask_width, seed):
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    channels=st.sampled_from([1, 3, 4]),
+    size=st.sampled_from([1, 14, 32]),
+    crop=st.sampled_from(CROPS),
+    mask_dims=st.integers(0, 4),
+    mask_height=st.integers(1, 40),
+    mask_width=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_any_picture_becomes_a_square_of_legal_colours(
+    height, width, channels, size, crop, mask_dims, mask_height, mask_width, seed
+):
     image = picture(height, width, channels, seed)
     mask = picture(mask_height, mask_width, 1, seed)[..., 0] if mask_dims >= 2 else None
     while mask is not None and mask.ndim < mask_dims:
@@ -173,26 +183,29 @@ GOOD = torch.rand(8, 8, 3)
 NAN = torch.full((8, 8), float("nan"))
 
 
-@pytest.mark.parametrize("image, mask, crop, words", [
-    (GOOD.clone().fill_(float("inf")), None, "center", ["not numbers", "another picture"]),
-    (torch.full((8, 8, 4), float("nan")), None, "pad", ["not numbers"]),
-    (GOOD, NAN, "subject", ["mask", "not numbers"]),
-    (GOOD, NAN, "center", ["mask", "not numbers"]),
-    (GOOD[None], None, "center", ["(1, 8, 8, 3)", "connect an image"]),
-    (GOOD[..., 0], None, "center", ["(8, 8)"]),
-    (GOOD[..., :2], None, "center", ["(8, 8, 2)"]),
-    (torch.rand(8, 8, 5), None, "center", ["(8, 8, 5)"]),
-    (GOOD[:0], None, "center", ["empty", "8 x 0"]),
-    ((GOOD * 255).byte(), None, "center", ["0 to 1"]),
-    ("cat.png", None, "center", ["connect an image"]),
-    (GOOD, torch.ones(8), "subject", ["mask", "(8,)"]),
-    (GOOD, torch.ones(0, 8), "subject", ["mask has no pixels"]),
-    (GOOD, "mask", "subject", ["mask", "str"]),
-    (GOOD, torch.zeros(8, 8), "subject", ["mask is empty", "another crop"]),
-    (torch.cat([GOOD, torch.zeros(8, 8, 1)], -1), None, "subject", ["empty"]),
-    (GOOD, None, "subject", ["connect a mask", "another crop"]),
-    (GOOD, None, "zoom", ["'zoom'", "center, pad, squash, subject"]),
-])
+@pytest.mark.parametrize(
+    "image, mask, crop, words",
+    [
+        (GOOD.clone().fill_(float("inf")), None, "center", ["not numbers", "another picture"]),
+        (torch.full((8, 8, 4), float("nan")), None, "pad", ["not numbers"]),
+        (GOOD, NAN, "subject", ["mask", "not numbers"]),
+        (GOOD, NAN, "center", ["mask", "not numbers"]),
+        (GOOD[None], None, "center", ["(1, 8, 8, 3)", "connect an image"]),
+        (GOOD[..., 0], None, "center", ["(8, 8)"]),
+        (GOOD[..., :2], None, "center", ["(8, 8, 2)"]),
+        (torch.rand(8, 8, 5), None, "center", ["(8, 8, 5)"]),
+        (GOOD[:0], None, "center", ["empty", "8 x 0"]),
+        ((GOOD * 255).byte(), None, "center", ["0 to 1"]),
+        ("cat.png", None, "center", ["connect an image"]),
+        (GOOD, torch.ones(8), "subject", ["mask", "(8,)"]),
+        (GOOD, torch.ones(0, 8), "subject", ["mask has no pixels"]),
+        (GOOD, "mask", "subject", ["mask", "str"]),
+        (GOOD, torch.zeros(8, 8), "subject", ["mask is empty", "another crop"]),
+        (torch.cat([GOOD, torch.zeros(8, 8, 1)], -1), None, "subject", ["empty"]),
+        (GOOD, None, "subject", ["connect a mask", "another crop"]),
+        (GOOD, None, "zoom", ["'zoom'", "center, pad, squash, subject"]),
+    ],
+)
 def test_what_is_no_picture_or_mask_gets_one_sentence(image, mask, crop, words):
     with pytest.raises(ValueError) as error:
         prepare(image, mask, crop, 28)

@@ -1,4 +1,5 @@
 """The mini models: small, the same every time, whole or not there, in the shapes that their configs say."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -65,8 +66,9 @@ def test_the_dino_is_what_timm_makes_from_the_config(models: Path) -> None:
     assert tower.forward_features(torch.zeros(1, 3, cfg.image_size, cfg.image_size)).shape == (1, 257, cfg.width)
 
 
-@pytest.mark.parametrize("layout, blocks", [
-    ("sd15_min", 4), ("sd15_narrow", 16), ("sd15_full", 16), ("sdxl_min", 11), ("sdxl_narrow", 70)])
+@pytest.mark.parametrize(
+    "layout, blocks", [("sd15_min", 4), ("sd15_narrow", 16), ("sd15_full", 16), ("sdxl_min", 11), ("sdxl_narrow", 70)]
+)
 def test_block_addresses_name_the_cross_attentions_in_the_file(tmp_path: Path, layout: str, blocks: int) -> None:
     mini_checkpoints.make_base(tmp_path / "base.ckpt", layout)
     assert (tmp_path / "base.ckpt").stat().st_size < 5e6

@@ -1,4 +1,5 @@
 """The network against straightforward loop-and-matmul references, without ComfyUI."""
+
 import math
 
 import pytest
@@ -13,8 +14,17 @@ SMALL = ResamplerConfig(width=24, depth=2, heads=3, dim_head=4, ff_mult=2)
 
 
 def config(**changes) -> FlexIPConfig:
-    values = dict(base="test", text_width=20, blocks={"input.1.0": 16, "middle.0.0": 32}, clip=ClipConfig("c", 10), dino=DinoConfig("d", 14, 28),
-                  resampler=SMALL, detail_tokens=5, semantic_tokens=2, cls_tokens=3)
+    values = dict(
+        base="test",
+        text_width=20,
+        blocks={"input.1.0": 16, "middle.0.0": 32},
+        clip=ClipConfig("c", 10),
+        dino=DinoConfig("d", 14, 28),
+        resampler=SMALL,
+        detail_tokens=5,
+        semantic_tokens=2,
+        cls_tokens=3,
+    )
     return FlexIPConfig(**{**values, **changes})
 
 
@@ -50,7 +60,9 @@ def naive_resampler(resampler, latents, context):
     for layer in resampler.layers:
         q = naive_norm(latents, layer.norm_latents)
         kv = torch.cat([naive_norm(context, layer.norm_context), q], 1)
-        mixed = naive_attention(*(naive_linear(x, w) for x, w in ((q, layer.to_q), (kv, layer.to_k), (kv, layer.to_v))), layer.heads)
+        mixed = naive_attention(
+            *(naive_linear(x, w) for x, w in ((q, layer.to_q), (kv, layer.to_k), (kv, layer.to_v))), layer.heads
+        )
         latents = latents + naive_linear(mixed, layer.to_out)
         hidden = naive_linear(naive_norm(latents, layer.norm_ff), layer.ff_in)
         latents = latents + naive_linear(hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))), layer.ff_out)
@@ -77,7 +89,9 @@ def test_decoupled_attention_adds_each_branch():
 def test_resampler_equals_loops():
     resampler = Resampler(SMALL, context_width=7, out_width=9)
     latents, context = torch.randn(2, 3, 24), torch.randn(2, 4, 7)
-    torch.testing.assert_close(resampler(latents, context), naive_resampler(resampler, latents, context), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        resampler(latents, context), naive_resampler(resampler, latents, context), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_context_of_one_token_is_not_ignored():
@@ -90,7 +104,13 @@ def test_preservation_adapter_equals_loops():
     adapter = PreservationAdapter(config())
     cls, patches = torch.randn(2, 10), torch.randn(2, 4, 14)
     semantic = naive_linear(cls, adapter.cls_in).view(2, 2, 24)
-    expected = torch.cat([naive_resampler(adapter.semantic, semantic, patches), naive_resampler(adapter.detail, adapter.queries.repeat(2, 1, 1), patches)], 1)
+    expected = torch.cat(
+        [
+            naive_resampler(adapter.semantic, semantic, patches),
+            naive_resampler(adapter.detail, adapter.queries.repeat(2, 1, 1), patches),
+        ],
+        1,
+    )
     torch.testing.assert_close(adapter(cls, patches), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -102,9 +122,21 @@ def test_personalization_adapter_equals_loops():
     torch.testing.assert_close(adapter(text, cls), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("text_width, inner", [(768, {"input.1.0": 320, "middle.0.0": 1280}), (2048, {"input.4.0": 640, "middle.0.9": 1280})], ids=["SD1.5", "SDXL"])
+@pytest.mark.parametrize(
+    "text_width, inner",
+    [(768, {"input.1.0": 320, "middle.0.0": 1280}), (2048, {"input.4.0": 640, "middle.0.9": 1280})],
+    ids=["SD1.5", "SDXL"],
+)
 def test_shapes_for_the_widths_of_real_bases(text_width, inner):
-    cfg = config(text_width=text_width, blocks=inner, clip=ClipConfig(), dino=DinoConfig(), detail_tokens=16, semantic_tokens=4, resampler=ResamplerConfig(depth=1))
+    cfg = config(
+        text_width=text_width,
+        blocks=inner,
+        clip=ClipConfig(),
+        dino=DinoConfig(),
+        detail_tokens=16,
+        semantic_tokens=4,
+        resampler=ResamplerConfig(depth=1),
+    )
     network = FlexIPNetwork(cfg)
     features = {"cls": torch.randn(2, 1024), "patches": torch.randn(2, 9, 1024)}
     text = torch.randn(3, 154, text_width)

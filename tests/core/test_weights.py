@@ -1,4 +1,5 @@
 """Weight files: read whole and plain ones, refuse the rest in one sentence, never run code, never believe sizes."""
+
 from __future__ import annotations
 
 import json
@@ -189,7 +190,7 @@ def test_missing_files_and_folders_get_their_sentence(tmp_path):
 def test_a_cut_off_torch_file_gets_its_sentence(tmp_path, keep):
     torch.save({"t": torch.ones(100, 100)}, tmp_path / "whole.pt")
     content = (tmp_path / "whole.pt").read_bytes()
-    path = write(tmp_path / "cut.pt", content[:int(len(content) * keep)])
+    path = write(tmp_path / "cut.pt", content[: int(len(content) * keep)])
     with pytest.raises(ValueError) as error:
         read_tensors(path)
     assert "cut off" in one_sentence(error, path)
@@ -217,8 +218,12 @@ def test_a_torchscript_program_is_refused(tmp_path):
 def test_odd_contents_of_pickles_get_their_sentence(tmp_path):
     cyclic: dict = {"t": torch.ones(1)}
     cyclic["again"] = cyclic
-    for content, word in ((cyclic, "too deep"), ({"epoch": 3}, "no tensors"), ([torch.ones(1)], "no tensors"),
-                          ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "'a.b'")):
+    for content, word in (
+        (cyclic, "too deep"),
+        ({"epoch": 3}, "no tensors"),
+        ([torch.ones(1)], "no tensors"),
+        ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "'a.b'"),
+    ):
         torch.save(content, tmp_path / "x.pt")
         with pytest.raises(ValueError) as error:
             read_header(tmp_path / "x.pt")

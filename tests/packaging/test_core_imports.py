@@ -1,4 +1,5 @@
 """flexip_core knows nothing of ComfyUI, and neither it nor the nodes print or swallow errors."""
+
 from __future__ import annotations
 
 import ast
@@ -42,9 +43,17 @@ def test_core_imports_no_comfyui(path: Path) -> None:
     assert violations(path.read_text(encoding="utf-8"), depth) == []
 
 
-@pytest.mark.parametrize("line", [
-    "import comfy.ops", "import nodes", "from comfy_api.v0_0_2 import io", "import server", "from ..nodes import load",
-    "import torch, folder_paths"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import comfy.ops",
+        "import nodes",
+        "from comfy_api.v0_0_2 import io",
+        "import server",
+        "from ..nodes import load",
+        "import torch, folder_paths",
+    ],
+)
 def test_the_rule_finds_imports_of_comfyui(line: str) -> None:
     assert violations(f"def f():\n    {line}\n")
 

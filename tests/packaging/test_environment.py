@@ -1,4 +1,5 @@
 """scripts/environment.py without a network: what it finds, what it refuses, what it does a second time."""
+
 from __future__ import annotations
 
 import argparse
@@ -170,6 +171,7 @@ def test_a_second_prepare_runs_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_skipping_torch_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The venv is made again the next time, as if it had never been."""
+
     def run(command: list, log: Path, what: str) -> None:
         (tmp_path / "venv").mkdir(exist_ok=True)
         if "import torch" in command:

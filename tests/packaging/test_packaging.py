@@ -1,4 +1,5 @@
 """What the registry, pip and ComfyUI-Manager see of the pack."""
+
 from __future__ import annotations
 
 import ast
@@ -20,7 +21,16 @@ sys.path.insert(0, str(REPO / "scripts"))
 import environment  # noqa: E402
 
 BROUGHT_BY_COMFYUI = {
-    "torch", "torchvision", "torchaudio", "numpy", "transformers", "einops", "safetensors", "pillow", "scipy"}
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "numpy",
+    "transformers",
+    "einops",
+    "safetensors",
+    "pillow",
+    "scipy",
+}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 

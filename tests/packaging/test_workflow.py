@@ -1,4 +1,5 @@
 """scripts/workflow.py on hand-made graphs; tests/server compares it with what the web page makes of the same file."""
+
 from __future__ import annotations
 
 import copy
@@ -20,23 +21,35 @@ OBJECT_INFO = {
         "input": {
             "required": {"picture": ["IMAGE"], "seed": ["INT", {"default": 0}], "steps": ["INT", {}]},
             "optional": {
-                "mode": ["COMBO", {"options": ["x", "y"]}], "text": ["STRING", {"forceInput": True}],
+                "mode": ["COMBO", {"options": ["x", "y"]}],
+                "text": ["STRING", {"forceInput": True}],
                 "on": ["BOOLEAN", {}],
             },
             "hidden": {"prompt": "PROMPT"},
         },
         "input_order": {
-            "required": ["picture", "seed", "steps"], "optional": ["mode", "text", "on"], "hidden": ["prompt"],
+            "required": ["picture", "seed", "steps"],
+            "optional": ["mode", "text", "on"],
+            "hidden": ["prompt"],
         },
     },
 }
 WORKFLOW = {
     "nodes": [
-        {"id": 3, "type": "Load", "mode": 0, "inputs": [{"name": "image", "link": None, "widget": {"name": "image"}}],
-         "widgets_values": ["b.png", "image"]},
-        {"id": 7, "type": "Sample", "mode": 0,
-         "inputs": [{"name": "picture", "link": 11}, {"name": "steps", "link": 12, "widget": {"name": "steps"}}],
-         "widgets_values": [5, "randomize", 20, "y", True]},
+        {
+            "id": 3,
+            "type": "Load",
+            "mode": 0,
+            "inputs": [{"name": "image", "link": None, "widget": {"name": "image"}}],
+            "widgets_values": ["b.png", "image"],
+        },
+        {
+            "id": 7,
+            "type": "Sample",
+            "mode": 0,
+            "inputs": [{"name": "picture", "link": 11}, {"name": "steps", "link": 12, "widget": {"name": "steps"}}],
+            "widgets_values": [5, "randomize", 20, "y", True],
+        },
         {"id": 9, "type": "MarkdownNote", "widgets_values": ["Read me"]},
     ],
     "links": [[11, 3, 0, 7, 0, "IMAGE"], [12, 3, 1, 7, 1, "INT"]],
@@ -53,8 +66,10 @@ def workflow(**changes: Any) -> dict[str, Any]:
 def test_widgets_links_controls_and_notes() -> None:
     assert to_prompt(WORKFLOW, OBJECT_INFO) == {
         "3": {"class_type": "Load", "inputs": {"image": "b.png"}},
-        "7": {"class_type": "Sample",
-              "inputs": {"picture": ["3", 0], "seed": 5, "steps": ["3", 1], "mode": "y", "on": True}},
+        "7": {
+            "class_type": "Sample",
+            "inputs": {"picture": ["3", 0], "seed": 5, "steps": ["3", 1], "mode": "y", "on": True},
+        },
     }
 
 
@@ -63,12 +78,15 @@ def test_a_seed_without_control_value() -> None:
     assert prompt["7"]["inputs"]["seed"] == 5 and prompt["7"]["inputs"]["mode"] == "y"
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"mode": 4}, "muted or bypassed"),
-    ({"type": "NoSuchNode"}, r"Node 7 \(NoSuchNode\) is not known"),
-    ({"widgets_values": [5, "fixed", 20, "y"]}, "saves 4 widget values, but has a widget 'on'"),
-    ({"widgets_values": [5, "fixed", 20, "y", True, 1]}, "saves 6 widget values, but its inputs use only 5"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mode": 4}, "muted or bypassed"),
+        ({"type": "NoSuchNode"}, r"Node 7 \(NoSuchNode\) is not known"),
+        ({"widgets_values": [5, "fixed", 20, "y"]}, "saves 4 widget values, but has a widget 'on'"),
+        ({"widgets_values": [5, "fixed", 20, "y", True, 1]}, "saves 6 widget values, but its inputs use only 5"),
+    ],
+)
 def test_what_it_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         to_prompt(workflow(**changes), OBJECT_INFO)

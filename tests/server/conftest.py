@@ -1,4 +1,5 @@
 """One real ComfyUI server, with the pack and the mini models, for all tests of this folder."""
+
 from __future__ import annotations
 
 import os
@@ -18,8 +19,16 @@ from flexip_core import mini  # noqa: E402
 
 PACK = "flexip"  # its folder's name in custom_nodes
 REFERENCE = "astronaut.png"  # in ComfyUI's input folder
-BROWSER_ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                     "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+BROWSER_ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """The pack in a real ComfyUI server, over HTTP and websocket."""
+
 from __future__ import annotations
 
 import io
@@ -75,7 +76,9 @@ def test_refused_prompt_names_node_and_input(comfy: ComfyServer) -> None:
     assert refused.value.details["node_errors"]["5"]["errors"]
 
 
-@pytest.mark.parametrize("path", [path for path in WORKFLOWS if "ip_adapter" not in path.stem], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in WORKFLOWS if "ip_adapter" not in path.stem], ids=lambda path: path.stem
+)
 def test_shipped_workflow_runs(comfy: ComfyServer, path: Path) -> None:
     prompt = to_prompt(json.loads(path.read_text(encoding="utf-8")), comfy.get("/object_info"))
     set_inputs(prompt, "CheckpointLoaderSimple", ckpt_name=mini.MINI_BASE)

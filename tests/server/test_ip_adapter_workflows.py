@@ -1,4 +1,5 @@
 """The shipped IP-Adapter workflows in a real server, with files of the published layouts and sizes and random weights."""
+
 from __future__ import annotations
 
 import json
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import PACK, REFERENCE, REPO
-from flexip_core.mini_checkpoints import make_base
 from server import CPU_ARGUMENTS, ComfyServer
 from workflow import set_inputs, to_prompt
+
+from flexip_core.mini_checkpoints import make_base
 
 sys.path.append(str(REPO / "tests" / "fixtures"))
 from ip_adapter_files import write_clip_vit_l, write_ip_adapter

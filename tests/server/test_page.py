@@ -1,4 +1,5 @@
 """The pack in the real web page, in headless Chromium, with canvas nodes and with Vue nodes."""
+
 from __future__ import annotations
 
 import json
@@ -16,8 +17,18 @@ from server import ComfyServer
 READY = "window.app && app.vueAppReady && app.graph && app.graph.nodes.length > 0"
 MISSING = "app.graph.nodes.filter(n => n.has_errors || !(n.type in LiteGraph.registered_node_types)).map(n => n.type)"
 # The last: the page asks for a help page in its own language first, and takes ours when there is none.
-STOCK_ERRORS = re.compile(r"/user\.css|ComfyApp graph accessed before initialization|huggingface\.co|missingModelDownload|/docs/\w+/en\.md")
-EVENTS = ["progress", "progress_state", "progress_text", "executed", "execution_success", "execution_error", "b_preview"]
+STOCK_ERRORS = re.compile(
+    r"/user\.css|ComfyApp graph accessed before initialization|huggingface\.co|missingModelDownload|/docs/\w+/en\.md"
+)
+EVENTS = [
+    "progress",
+    "progress_state",
+    "progress_text",
+    "executed",
+    "execution_success",
+    "execution_error",
+    "b_preview",
+]
 WORKFLOWS = sorted(path.stem for path in (REPO / "workflows").glob("*.json"))
 MINI_WORKFLOWS = [name for name in WORKFLOWS if "ip_adapter" not in name]  # run with the mini models
 
@@ -44,8 +55,20 @@ def page(comfy: ComfyServer, browser: Browser, request: pytest.FixtureRequest) -
     context = browser.new_context(viewport={"width": 1800, "height": 1000}, locale="en-US")
     page = context.new_page()
     page.problems = []
-    context.route("**/*", lambda route: route.continue_() if route.request.url.startswith((comfy.url, "data:", "blob:")) else route.abort())
-    page.on("console", lambda m: m.type == "error" and not STOCK_ERRORS.search(m.text + m.location.get("url", "")) and page.problems.append(f"{m.text} {m.location.get('url', '')}"))
+    context.route(
+        "**/*",
+        lambda route: (
+            route.continue_() if route.request.url.startswith((comfy.url, "data:", "blob:")) else route.abort()
+        ),
+    )
+    page.on(
+        "console",
+        lambda m: (
+            m.type == "error"
+            and not STOCK_ERRORS.search(m.text + m.location.get("url", ""))
+            and page.problems.append(f"{m.text} {m.location.get('url', '')}")
+        ),
+    )
     page.on("pageerror", lambda error: page.problems.append(f"uncaught: {error}"))
     yield page
     if folder := os.environ.get("FLEXIP_SCREENSHOTS"):
@@ -58,7 +81,10 @@ def page(comfy: ComfyServer, browser: Browser, request: pytest.FixtureRequest) -
 def open_page(page: Page, comfy: ComfyServer, path: str = "") -> None:
     page.goto(comfy.url + path)
     page.wait_for_function(READY, timeout=60_000)
-    page.evaluate("""names => { window.seen = []; for (const name of names) app.api.addEventListener(name, e => window.seen.push([name, e.detail])); }""", EVENTS)
+    page.evaluate(
+        """names => { window.seen = []; for (const name of names) app.api.addEventListener(name, e => window.seen.push([name, e.detail])); }""",
+        EVENTS,
+    )
 
 
 def open_template(page: Page, comfy: ComfyServer, name: str) -> None:
@@ -72,15 +98,20 @@ def node(page: Page, kind: str) -> int:
 
 
 def set_widgets(page: Page, kind: str, **values: object) -> None:
-    page.evaluate("""([kind, values]) => { const n = app.graph.nodes.find(n => n.type == kind);
-        for (const [name, value] of Object.entries(values)) n.widgets.find(w => w.name == name).value = value; }""", [kind, values])
+    page.evaluate(
+        """([kind, values]) => { const n = app.graph.nodes.find(n => n.type == kind);
+        for (const [name, value] of Object.entries(values)) n.widgets.find(w => w.name == name).value = value; }""",
+        [kind, values],
+    )
 
 
 def run(page: Page) -> list:
     """Queue the graph as the Run button does; the events up to success or error."""
     page.evaluate("window.seen.length = 0")
     assert page.evaluate("app.queuePrompt(0)"), page.evaluate("JSON.stringify(app.lastNodeErrors)")
-    page.wait_for_function("window.seen.some(e => e[0] == 'execution_success' || e[0] == 'execution_error')", timeout=120_000)
+    page.wait_for_function(
+        "window.seen.some(e => e[0] == 'execution_success' || e[0] == 'execution_error')", timeout=120_000
+    )
     page.wait_for_timeout(500)
     return page.evaluate("window.seen")
 
@@ -145,8 +176,16 @@ def test_template_is_listed_in_the_browser(page: Page, comfy: ComfyServer) -> No
 
 def test_help_page_of_each_node_opens(page: Page, comfy: ComfyServer) -> None:
     open_template(page, comfy, "flexip_gate_sweep")
-    for kind, words in (("ApplyFlexIPGate", "for every sampler"), ("FlexIPSampler", "same noise"), ("EncodeReference", "what they saw"), ("LoadFlexIPAdapters", "preservation")):
-        page.evaluate("kind => { app.canvas.selectNode(app.graph.nodes.find(n => n.type == kind)); app.canvas.setDirty(true, true); }", kind)
+    for kind, words in (
+        ("ApplyFlexIPGate", "for every sampler"),
+        ("FlexIPSampler", "same noise"),
+        ("EncodeReference", "what they saw"),
+        ("LoadFlexIPAdapters", "preservation"),
+    ):
+        page.evaluate(
+            "kind => { app.canvas.selectNode(app.graph.nodes.find(n => n.type == kind)); app.canvas.setDirty(true, true); }",
+            kind,
+        )
         if not page.get_by_text(words).count():
             page.click("[data-testid=info-button]")
         page.get_by_text(words).first.wait_for(timeout=10_000)
@@ -158,5 +197,7 @@ def test_an_error_is_shown_at_its_node(page: Page, comfy: ComfyServer) -> None:
     make_small(page, seed=5)
     set_widgets(page, "FlexIPSampler", gates="0, two")
     kind, detail = run(page)[-1]
-    assert kind == "execution_error" and detail["node_type"] == "FlexIPSampler" and "'two'" in detail["exception_message"]
+    assert (
+        kind == "execution_error" and detail["node_type"] == "FlexIPSampler" and "'two'" in detail["exception_message"]
+    )
     page.wait_for_selector("[data-testid=error-overlay]")

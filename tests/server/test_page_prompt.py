@@ -1,4 +1,5 @@
 """scripts/workflow.py makes the prompt that the real web page makes of the same file."""
+
 from __future__ import annotations
 
 import json
