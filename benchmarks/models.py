@@ -107,7 +107,9 @@ class Bench:
             gate_mode=mode,
             resampler=ResamplerConfig(depth=1),
         )
-        network = FlexIPNetwork(cfg, comfy.ops.manual_cast).requires_grad_(False).to(self.dtype)
+        network = FlexIPNetwork(cfg, comfy.ops.manual_cast)
+        network.load_state_dict(FlexIPNetwork(cfg).state_dict())  # comfy.ops leaves new weights uninitialised
+        network = network.requires_grad_(False).to(self.dtype)
         return network, comfy.model_patcher.ModelPatcher(
             network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device()
         )
@@ -121,7 +123,7 @@ class Bench:
         extra = {"pooled_output": torch.randn(1, 1280, generator=generator)} if self.base == "sdxl" else {}
         return [[torch.randn(1, tokens, self.text_width, generator=generator), extra]]
 
-    def sample(self, model: Any, steps: int, batch: int = 1, callback: Any = None) -> torch.Tensor:
+    def sample(self, model: Any, steps: int, batch: int = 1, callback: Any = None, positive: int = 1) -> torch.Tensor:
         noise = torch.randn(1, 4, self.latent, self.latent, generator=torch.Generator().manual_seed(1)).repeat(
             batch, 1, 1, 1
         )
@@ -132,7 +134,7 @@ class Bench:
             7.0,
             "euler",
             "normal",
-            self.conditioning(1),
+            self.conditioning(positive),
             self.conditioning(2),
             torch.zeros_like(noise),
             denoise=1.0,

@@ -92,12 +92,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "megabytes": extra.megabytes,
                 "flop_percent": 100 * extra.gflop / bare.gflop,
                 "step_ratios": ratios,
+                "peak_megabytes": peak_megabytes(bench, model, options),
             }
         )
         print(f"measured: {name}", file=sys.stderr)
         del model
         gc.collect()
+    from once import measure_once
+
     return {
+        "once": measure_once(bench),
         "base": options.base,
         "size": bench.latent * 8,
         "batch": options.batch,
@@ -105,7 +109,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "device": machine(options.device),
         "torch": torch.__version__,
         "blocks": len(bench.widths),
-        "bare": {"operations": bare.operations, "syncs": bare.syncs, "megabytes": bare.megabytes, "gflop": bare.gflop},
+        "bare": {
+            "operations": bare.operations,
+            "syncs": bare.syncs,
+            "megabytes": bare.megabytes,
+            "gflop": bare.gflop,
+            "peak_megabytes": peak_megabytes(bench, bench.model, options),
+        },
         "rows": rows,
     }
 
@@ -120,18 +130,49 @@ def time_ratios(bench: Any, model: Any, options: argparse.Namespace) -> list[flo
 
 
 def step_seconds(bench: Any, model: Any, options: argparse.Namespace) -> float:
-    """Median time of a step after the first, which loads and compiles."""
+    """Median time of a step after the first, which loads; on a GPU by events, so that the timing itself waits for nothing."""
     import torch
 
-    marks: list[float] = []
+    marks: list[Any] = []
 
     def mark(*args: Any) -> None:
         if options.device == "cuda":
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.perf_counter())
 
     bench.sample(model, 3 if options.device == "cpu" else 12, options.batch, callback=mark)
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+        return statistics.median(before.elapsed_time(after) / 1000 for before, after in zip(marks, marks[1:]))
     return statistics.median(after - before for before, after in zip(marks, marks[1:]))
+
+
+def peak_megabytes(bench: Any, model: Any, options: argparse.Namespace) -> float | None:
+    """Peak of allocated GPU memory over a run, in MB; None without a GPU. Synchronising inside our patches is an error."""
+    import torch
+    from flexip_pack.flexip_core.attention import GatedAttention
+
+    if options.device != "cuda":
+        return None
+    original = GatedAttention.__call__
+
+    def strict(self: Any, *args: Any) -> torch.Tensor:
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return original(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+    GatedAttention.__call__ = strict
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        bench.sample(model, 2, options.batch)
+        return torch.cuda.max_memory_allocated() / 1e6
+    finally:
+        GatedAttention.__call__ = original
 
 
 def machine(device: str) -> str:
@@ -157,6 +198,9 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['name']} | {row['operations_per_block']:.1f} | +{row['operations_percent']:.1f} % | {row['syncs']} | {row['linear_layers']} | "
             f"{row['megabytes']:.0f} | +{row['flop_percent']:.2f} % | {time_text} |"
         )
+        if row["peak_megabytes"] is not None:
+            lines[-1] += f" peak {row['peak_megabytes']:.0f} MB (bare {result['bare']['peak_megabytes']:.0f}) |"
+    lines += ["", "| once | measured |", "| --- | --- |", *(f"| {what} | {value} |" for what, value in result["once"])]
     return "\n".join(lines)
 
 

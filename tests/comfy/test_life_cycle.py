@@ -131,6 +131,27 @@ def test_adapters_leave_for_the_unet_and_none_of_their_bytes_is_needed_during_th
     assert len(stepping) == 2 and all(size == (0, model.model_size()) for size in stepping)
 
 
+def test_adapters_and_unet_that_fit_only_in_part_still_give_the_right_picture(budget, monkeypatch):
+    """Layers cast their weights as they come, and the learned queries follow their input."""
+    plain = tiny.tiny_model()
+    expected = tiny.ksample(runtime.attach(plain, tiny.link_for(tiny.tiny_network(plain), tiny.tiny_reference())), P, N)
+    network = FlexIPNetwork(tiny.config_for(plain), operations=comfy.ops.manual_cast)
+    network.load_state_dict(tiny.tiny_network(plain).state_dict())
+    model, adapters = budget.patcher(plain.model), budget.patcher(network.requires_grad_(False))
+    monkeypatch.setattr(plain.model, "memory_required", lambda *args, **kwargs: MB // 4)
+    budget.total = MB + MB // 8 + adapters.model_size() // 2
+    projecting = []
+    monkeypatch.setattr(
+        network,
+        "project",
+        lambda *args: (projecting.append(adapters.loaded_size()), FlexIPNetwork.project(network, *args))[1],
+    )
+    got = tiny.ksample(runtime.attach(model, Link(network, adapters, tiny.tiny_reference(), (0.6,))), P, N)
+    assert tiny.relative_error(got, expected) < 1e-5
+    assert all(0 <= size < adapters.model_size() for size in projecting) and len(projecting) == 4
+    assert model.loaded_size() < model.model_size()
+
+
 def test_a_second_run_with_another_gate_loads_no_adapter(monkeypatch):
     model = tiny.tiny_model()
     network, reference = tiny.tiny_network(model), tiny.tiny_reference()

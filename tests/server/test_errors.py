@@ -57,7 +57,7 @@ def test_a_file_that_is_no_flexip_checkpoint(comfy: ComfyServer, models: Path, p
     assert (
         node == "LoadFlexIPAdapters"
         and "other.safetensors" in message
-        and "not a FlexIP checkpoint" in message
+        and "neither a FlexIP checkpoint nor an IP-Adapter" in message
         and one_sentence(message)
     )
 
