@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 SYNCS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select"}
@@ -77,3 +79,43 @@ def per_call(run: Callable[[int], Any]) -> Cost:
     """Cost of one more step of `run(steps)`: what happens once per run cancels out, what happens once at all is done before."""
     run(1)
     return count(lambda: run(3)) - count(lambda: run(2))
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of all tensors that were made and are still referred to; views share the storage they look at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._references: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata in self._references or storage._cdata not in known:
+                    self._hold(tensor, storage._cdata, storage.nbytes())
+        return result
+
+    def _hold(self, tensor: torch.Tensor, key: int, size: int) -> None:
+        if not self._references[key]:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self._references[key] += 1
+        weakref.finalize(tensor, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._references[key] -= 1
+        if not self._references[key]:
+            del self._references[key]
+            self.now -= size
+
+
+def peak_megabytes(call: Callable[[], Any]) -> float:
+    """The most that tensors made during `call` took at one time; what was there before does not count."""
+    live = _Live()
+    with live:
+        call()
+    return live.peak / 1e6

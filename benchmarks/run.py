@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of ComfyUI_IPAdapter_plus")
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs of runs per model; 0 counts only")
+    parser.add_argument("--only", default="", metavar="WORDS", help="measure the variants whose name contains this")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     start_comfyui(options.comfyui, options.device)
@@ -79,6 +80,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     bare = per_call(lambda steps: bench.sample(bench.model, steps, options.batch))
     rows = []
     for name, make in variants.items():
+        if options.only not in name:
+            continue
         model = make()
         extra = per_call(functools.partial(bench.sample, model, batch=options.batch)) - bare
         ratios = time_ratios(bench, model, options)

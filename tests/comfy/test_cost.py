@@ -8,8 +8,8 @@ import tiny
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from counters import per_call
-from models import Bench
+from counters import peak_megabytes, per_call
+from models import Bench, Link, Reference, runtime
 
 BLOCKS = 16
 PER_CALL = 1  # core concatenates the tags of positive and negative: a handful of numbers on the CPU, in no block
@@ -55,9 +55,6 @@ def test_cost_grows_linearly_with_links(bench, bare):
     one = cost(bench, "outputs") - bare
     chained = bench.gated("outputs")
     loaded = bench.network("outputs")
-    from flexip_pack.flexip_core.run import Link
-    from flexip_pack.nodes import runtime
-
     two = runtime.attach(chained, Link(*loaded, bench.reference, (0.3,)))
     both = per_call(lambda steps: bench.sample(two, steps)) - bare
     assert both.operations - PER_CALL == 2 * (one.operations - PER_CALL) and both.syncs == 0
@@ -70,3 +67,32 @@ def test_a_run_of_the_naive_reference_would_be_noticed(bench, bare):
     naive = tiny.naive_attach(bench.model, [link], texts)
     extra = per_call(lambda steps: bench.sample(naive, steps)) - bare
     assert extra.matmuls > 100 and extra.syncs > 0
+
+
+def test_cost_is_linear_in_the_number_of_reference_pictures(bench, bare):
+    """20 tokens more per picture: the same operations, and the same work for each further picture."""
+    loaded = bench.network("outputs")
+    extras = []
+    for pictures in (1, 2, 3):
+        features = {
+            name: value.repeat(pictures, *[1] * (value.dim() - 1)) for name, value in bench.reference.features.items()
+        }
+        reference = Reference(features, {name: torch.zeros_like(value) for name, value in features.items()}, "random")
+        model = runtime.attach(bench.model, Link(*loaded, reference, (0.6,)))
+        extras.append(per_call(lambda steps, model=model: bench.sample(model, steps)) - bare)
+    assert len({extra.operations for extra in extras}) == 1
+    first, second = extras[1].gflop - extras[0].gflop, extras[2].gflop - extras[1].gflop
+    assert first > 0 and second == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["tokens", "outputs"])
+def test_peak_memory_is_the_bare_runs_plus_k_and_v(mode):
+    bench = Bench("sd15", torch.float32, size=256, channels=64)
+    model = bench.gated(mode)
+    bench.sample(model, 1)  # K and V rest in the reference's cache from here on
+    bare = peak_megabytes(lambda: bench.sample(bench.model, 1))
+    gated = peak_megabytes(lambda: bench.sample(model, 1))
+    rows = 2  # positive and negative
+    k_and_v = rows * 2 * 97 * sum(bench.widths.values()) * 4 / 1e6
+    assert 0.9 * k_and_v < gated - bare < 1.1 * k_and_v
+    assert bare > 2 * k_and_v, "the bare run must be large enough for the comparison to mean something"

@@ -1,6 +1,7 @@
 """LoadFlexIPAdapters and EncodeReference: files found by content, encoders from files or from wired CLIP_VISION objects."""
 
 import dataclasses
+import os
 
 import comfy.clip_vision
 import comfy.model_management as mm
@@ -231,8 +232,6 @@ def test_adapters_and_encoders_are_under_comfyuis_memory_manager(mini_models):
 
 
 def test_a_changed_file_is_loaded_again(mini_models):
-    import os
-
     arguments = dict(preservation=mini.MINI_FLEXIP, personalization="auto", clip_vision="auto", dino="auto")
     before = LoadFlexIPAdapters.fingerprint_inputs(**arguments)
     assert LoadFlexIPAdapters.fingerprint_inputs(**arguments) == before
@@ -290,3 +289,32 @@ def test_a_reference_of_another_encoder_with_the_same_widths_is_refused(mini_mod
     check_reference(load(mini.MINI_FLEXIP), reference)
     with pytest.raises(ValueError, match="ApplyFlexIPGate: bigger.safetensors reads .*280 px.*224 px"):
         check_reference(load("bigger.safetensors"), reference)
+
+
+def test_extra_model_paths_yaml_adds_folders_for_adapters_and_encoders(mini_models, monkeypatch, tmp_path_factory):
+    """As main.py does it: the YAML is read before the pack is imported, and leaves the file types of our folders open."""
+    from utils.extra_config import load_extra_path_config
+
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for folder, file in (
+        ("flexip", mini.MINI_FLEXIP),
+        ("clip_vision", mini.MINI_CLIP_FILE),
+        ("clip_vision", mini.MINI_DINO_FILE),
+    ):
+        target = elsewhere / "my" / folder / "deep" / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (mini_models / folder / file).rename(target)
+    (elsewhere / "my" / "ipadapter").mkdir()
+    (elsewhere / "my" / "ipadapter" / "notes.txt").write_text("no weights")
+    table = {"clip_vision": folder_paths.folder_names_and_paths["clip_vision"]}
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", table)
+    monkeypatch.setattr(folder_paths, "models_dir", str(mini_models))
+    yaml = elsewhere / "extra.yaml"
+    yaml.write_text(
+        f"mine:\n  base_path: {elsewhere}\n  flexip: my/flexip\n  ipadapter: my/ipadapter\n  clip_vision: my/clip_vision\n"
+    )
+    load_extra_path_config(str(yaml))
+    files.register_folders()
+    folder_paths.filename_list_cache.clear()
+    assert files.adapter_names() == [os.path.join("deep", mini.MINI_FLEXIP)]
+    assert encode(load(os.path.join("deep", mini.MINI_FLEXIP)), picture()).args[0].count == 1
