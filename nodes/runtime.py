@@ -6,6 +6,7 @@ loaded and tags every row of every conditioning; one APPLY_MODEL wrapper turns t
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -95,6 +96,11 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     options = guider.model_options["transformer_options"]
     links = options.get(LINKS, ())
+    if not links:
+        logging.warning(
+            "FlexIP: another node took the gates off this model's options, so FlexIP does nothing. Apply FlexIP after it."
+        )
+        return executor(*args, **kwargs)
     if all(link.strength == 0 for link in links):
         result = executor(*args, **kwargs)
         report.publish("strength 0: FlexIP does nothing.", links, options.get(LISTENER))

@@ -76,3 +76,11 @@ def test_what_ip_adapter_packs_add_to_our_object_acts_within_its_sigmas(model, l
     assert torch.equal(never, expected)
     assert not torch.equal(always, expected) and not torch.equal(early, expected) and not torch.equal(early, always)
     assert torch.equal(tiny.ksample(gated, P, N, steps=4), expected)
+
+
+def test_a_node_that_drops_our_options_gives_the_bare_picture_and_a_warning(model, link, caplog):
+    gated = runtime.attach(model, link)
+    del gated.model_options["transformer_options"][runtime.LINKS]
+    with caplog.at_level("WARNING"):
+        assert torch.equal(tiny.ksample(gated, P, N), tiny.ksample(model, P, N))
+    assert "FlexIP does nothing" in caplog.text
