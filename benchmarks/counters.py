@@ -13,11 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-SYNCS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select"}
+SYNCS = {
+    "copy to the host",
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+}
 # torch's counter knows only the GPU's attention kernels
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
 }
+COPIES = {"aten::_to_copy", "aten::copy_"}  # a sync where they leave a GPU; on a CPU run there is none to see
 PROJECTIONS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::matmul"}
 
 
@@ -42,12 +50,19 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function._schema.name
+        if name in COPIES and _leaves_the_gpu(args, result):
+            self.counts["copy to the host"] += 1
         if name in SYNCS or not _is_view(function):
             self.counts[name] += 1
             for tensor in result if isinstance(result, (tuple, list)) else [result]:
                 if isinstance(tensor, torch.Tensor):
                     self.bytes += tensor.numel() * tensor.element_size()
         return result
+
+
+def _leaves_the_gpu(args: tuple, result: Any) -> bool:
+    sources = [t for t in args if isinstance(t, torch.Tensor) and t.device.type != "cpu"]
+    return bool(sources) and isinstance(result, torch.Tensor) and result.device.type == "cpu"
 
 
 def _is_view(function: Any) -> bool:
@@ -67,7 +82,7 @@ def count(call: Callable[[], Any]) -> Cost:
         call()
     total = operations.counts
     return Cost(
-        sum(total.values()),
+        sum(total.values()) - total["copy to the host"],
         flops.get_total_flops() / 1e9,
         sum(total[name] for name in SYNCS),
         operations.bytes / 1e6,

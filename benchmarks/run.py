@@ -194,6 +194,9 @@ def table(result: dict[str, Any]) -> str:
         "| per UNet call, over the bare UNet | operations per block | operations | synchronisations | linear layers | MB written | FLOP | step time |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    if any(row["peak_megabytes"] is not None for row in result["rows"]):
+        lines[-2] += " peak memory |"
+        lines[-1] += " --- |"
     for row in result["rows"]:
         ratios = row["step_ratios"]
         time_text = f"x{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})" if ratios else "not timed"

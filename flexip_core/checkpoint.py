@@ -41,11 +41,6 @@ def save_checkpoint(network: FlexIPNetwork, path: str | os.PathLike, dtype: torc
         temporary.unlink(missing_ok=True)
 
 
-def read_config(path: str | os.PathLike) -> FlexIPConfig:
-    """The config of a FlexIP checkpoint, after the tensors' names and shapes were checked against it; reads no tensor."""
-    return _checked_config(read_header(path))
-
-
 def load_checkpoint(path: str | os.PathLike, operations: Any = nn) -> FlexIPNetwork:
     """The network with the file's weights, in the file's dtype, memory-mapped until they are used.
 

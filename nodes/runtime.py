@@ -1,4 +1,4 @@
-"""How a FlexIP chain lives inside ComfyUI's sampling (design section "Inside ComfyUI").
+"""How a FlexIP chain lives inside ComfyUI's sampling.
 
 The links of a model are an immutable tuple in transformer_options. One OUTER_SAMPLE wrapper projects K and V before the UNet is
 loaded and tags every row of every conditioning; one APPLY_MODEL wrapper turns the tags of a UNet call into ready tensors.

@@ -64,8 +64,13 @@ def _wanted_by_flexip(path: Path) -> list[Encoder]:
 
 
 def _check(path: Path, row: Row, wanted: list[Encoder]) -> None:
-    row.what = "broken"
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except ValueError as error:
+        row.what = f"not readable here: {error}"
+        # what another program wrote in its own way is no fault; a file that did not arrive whole is
+        row.loads = "NO" if "download" in str(error) else "-"
+        return
     if is_flexip(header):
         row.what = "FlexIP checkpoint"
         cfg = load_checkpoint(path).cfg
@@ -101,16 +106,20 @@ def _check_adapter(path: Path, row: Row, adapter: ip_adapter.IPAdapterFile) -> N
         except ImportError:
             row.diffusers = "not installed"
             return
+        except Exception as error:  # diffusers' lazy imports fail in many ways beside another transformers
+            row.diffusers = f"not compared ({type(error).__name__})"
+            return
         tensors = {
             key.removeprefix("image_proj."): value
             for key, value in read_tensors(path).items()
             if key.startswith("image_proj.")
         }
-        theirs = (
-            UNet2DConditionLoadersMixin()
-            ._convert_ip_adapter_image_proj_to_diffusers(tensors, low_cpu_mem_usage=False)
-            .float()
-        )
+        try:  # a private function of diffusers: another version may have it otherwise
+            convert = UNet2DConditionLoadersMixin()._convert_ip_adapter_image_proj_to_diffusers
+            theirs = convert(tensors, low_cpu_mem_usage=False).float()
+        except (AttributeError, TypeError) as error:
+            row.diffusers = f"not compared ({type(error).__name__})"
+            return
         difference = (tokens - theirs(feature)).abs().max().item()
     row.diffusers = f"{difference:.1e}"
     if not difference < TOLERANCE:
@@ -128,7 +137,8 @@ def _check_encoder(path: Path, row: Row, header: Header, wanted: list[Encoder]) 
 
 def print_table(rows: list[Row]) -> None:
     titles = Row("file", "what it is", "wants", "loads", "difference to diffusers")
-    cells = [list(vars(row).values()) for row in (titles, *rows)]
+    order = ("file", "loads", "diffusers", "wants", "what")  # the longest last
+    cells = [[getattr(row, name) for name in order] for row in (titles, *rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())

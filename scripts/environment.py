@@ -2,7 +2,7 @@
 
 Standard library only, so that any Python can start it. Everything lies in one home folder (FLEXIP_HOME, by default
 `.flexip` in this repository): `venv/`, `comfyui-<version>/`, `logs/`. Delete it to start over. With `--comfyui DIR`
-nothing but the pack's own requirements is added to the installation in DIR.
+nothing but the pack's own requirements (and the test tools, by test.py) is added to the installation in DIR.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--comfyui",
         metavar="DIR",
         help="use this ComfyUI installation (git clone or Windows portable "
-        "build) and its Python; installs requirements.txt into it, nothing else changes there",
+        "build) and its Python; installs requirements.txt into it (test.py: the tools of tests/requirements.txt, too), nothing else changes there",
     )
     parser.add_argument(
         "--home",
@@ -90,6 +90,12 @@ def prepare(options: argparse.Namespace, *extra_requirements: Path) -> Environme
     if options.comfyui:
         comfyui, python = find_installation(Path(options.comfyui).expanduser())
         check_python_version(version_of(python))
+        print(f"Using ComfyUI in {comfyui} with {python}", flush=True)
+        run(
+            [python, "-c", "import torch, aiohttp"],
+            home / "logs" / "python.log",
+            f"{python} has no packages of ComfyUI; run this script with the Python that starts your ComfyUI. Importing them",
+        )
         environment = Environment(home, python, comfyui, owned=False)
         environment.install("pack", *_requirement_files(REPO / "requirements.txt"))
     else:
@@ -109,7 +115,11 @@ def make_venv(home: Path, share_packages: bool = False) -> Path:
     check_python_version(sys.version_info[:2])
     venv, stamp = home / "venv", home / "venv" / "flexip-venv.stamp"
     wanted = _digest([str(sys.version_info[:2]), str(share_packages)])
+    mark = home / "flexip-home"  # written before anything is cleared, so that an interrupted first run can be repeated
     if _read(stamp) != wanted:
+        if not mark.exists() and not stamp.exists() and venv.is_dir() and any(venv.iterdir()):
+            raise SetupError(f"{venv} is not FlexIP's, so it is left alone. Choose another --home, or delete it.")
+        mark.touch()
         command = [sys.executable, "-m", "venv", "--clear", venv]
         if share_packages:
             command.append("--system-site-packages")

@@ -178,7 +178,12 @@ class ComfyServer:
         """Queues an API prompt and waits for its end; `on_message` sees every websocket message as it comes."""
         start = time.monotonic()
         with self._websocket() as (client_id, received):
-            messages = [received.get(timeout=60)]  # the server's greeting: from here on nothing is missed
+            try:
+                messages = [received.get(timeout=60)]  # the server's greeting: from here on nothing is missed
+            except queue.Empty:
+                raise TimeoutError("The server's websocket did not answer.") from None
+            if messages[0]["type"] == "closed":
+                raise RuntimeError(f"The server's websocket cannot be reached. {self._log_end()}")
             status, answer = self.post("/prompt", {"prompt": prompt, "client_id": client_id})
             if status != 200 or answer["node_errors"]:  # with 200 only some outputs are run
                 raise PromptError(_refusal(answer), answer)
@@ -258,7 +263,14 @@ def link_folder(source: Path, target: Path) -> None:
     try:
         target.symlink_to(source, target_is_directory=True)
     except OSError:
-        shutil.copytree(source, target, ignore=NOT_COPIED)
+        above = {
+            str(parent) for parent in target.parents
+        }  # the target may lie inside the source: never copy it into itself
+
+        def ignore(folder: str, names: list[str]) -> set[str]:
+            return {*NOT_COPIED(folder, names), *(name for name in names if str(Path(folder) / name) in above)}
+
+        shutil.copytree(source, target, ignore=ignore)
 
 
 def _refusal(answer: dict[str, Any]) -> str:

@@ -45,7 +45,9 @@ def run_folder(env: environment.Environment, folder: str, arguments: list[str]) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     environment.add_arguments(parser)
     parser.add_argument("--all", action="store_true", help="the tests marked long, too")
     parser.add_argument("--only", nargs="+", choices=FOLDERS, default=FOLDERS, help="these folders of tests/")
@@ -67,7 +69,7 @@ def main() -> int:
         f"\n{total['tests'] - bad - total['skipped']} passed, {bad} failed, {total['skipped']} skipped"
         + (f"; failed: {', '.join(f'tests/{folder}' for folder in failed)}" if failed else "")
     )
-    return 1 if failed else 0
+    return 1 if failed or not total["tests"] else 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import comfy.samplers
 import pytest
 import tiny
 import torch
-from flexip_pack.flexip_core.unet import cross_attentions
+from flexip_pack.flexip_core.unet import cross_attentions, text_projections
 from flexip_pack.nodes import runtime
 
 TOLERANCE = 1e-5
@@ -231,3 +231,17 @@ def test_interrupted_run_leaves_nothing_behind(model, network):
         tiny.ksample(gated, P, N, steps=4, callback=stop)
     assert runtime.RUN not in gated.model_options["transformer_options"]
     assert torch.equal(tiny.ksample(gated, P, N, steps=4), expected)
+
+
+def test_fresh_adapters_start_as_a_no_op_or_from_the_unets_own_text_projections(model):
+    bare = tiny.ksample(model, P, N)
+    network = tiny.tiny_network(model)
+    network.init_no_op()
+    assert torch.equal(tiny.ksample(runtime.attach(model, tiny.link_for(network, tiny.tiny_reference())), P, N), bare)
+    network.init_from_text(text_projections(model.model.diffusion_model))
+    for address, attn in cross_attentions(model.model.diffusion_model).items():
+        for name in network.adapters:
+            assert torch.equal(network.projection(address, name).to_k.weight, attn.to_k.weight)
+            assert torch.equal(network.projection(address, name).to_v.weight, attn.to_v.weight)
+    started = runtime.attach(model, tiny.link_for(network, tiny.tiny_reference(5)))
+    assert tiny.relative_error(tiny.ksample(started, P, N), bare) > 1e-3

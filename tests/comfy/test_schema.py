@@ -135,3 +135,11 @@ def test_node_ids_do_not_collide_with_core():
         node_id.startswith("FlexIP") for node_id in ours - {"LoadFlexIPAdapters", "EncodeReference", "ApplyFlexIPGate"}
     )
     assert not ours & set(nodes.NODE_CLASS_MAPPINGS)
+
+
+def test_the_loaders_help_page_names_every_folder_of_adapters():
+    from flexip_pack.nodes import files
+
+    page = (Path(flexip_pack.__file__).parent / "web" / "docs" / "LoadFlexIPAdapters.md").read_text()
+    for folder in (*files.ADAPTER_FOLDERS, files.ENCODER_FOLDER):
+        assert f"`models/{folder}`" in page

@@ -196,3 +196,12 @@ def test_the_venv_module_makes_a_python_that_runs(tmp_path: Path) -> None:
     marker.touch()
     assert environment.make_venv(tmp_path) == python and marker.exists()
     shutil.rmtree(tmp_path / "venv")
+
+
+def test_a_venv_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "venv" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    with pytest.raises(environment.SetupError, match="is not FlexIP's"):
+        environment.make_venv(tmp_path)
+    assert precious.read_text() == "mine"
