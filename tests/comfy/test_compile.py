@@ -63,3 +63,26 @@ def test_compiled_picture_is_right_after_every_change_and_only_new_structures_co
     before = graphs()
     assert tiny.relative_error(tiny.ksample(bare, P, N), tiny.ksample(model, P, N)) < 1e-5
     assert graphs() == before
+
+
+@pytest.mark.parametrize("mode", ["outputs", "tokens"])
+def test_four_runs_with_another_gate_seed_and_prompt_compile_and_break_as_often_as_the_bare_model(mode):
+    model = tiny.tiny_model()
+    network, reference = tiny.tiny_network(model, mode), tiny.tiny_reference()
+    runs = [(0.7, 0, P), (0.2, 1, P), (0.2, 2, M), (0.9, 3, tiny.cond(8))]
+
+    def compile_costs(attach):
+        """(graphs of the first run, of the other three together, graph breaks of all) on a model compiled afresh."""
+        torch._dynamo.reset()
+        counters.clear()
+        base, counts = compiled(model), []
+        for gate, seed, prompt in runs:
+            noise = tiny.noise_for(seed=seed)
+            got = tiny.ksample(attach(base, gate), prompt, N, noise=noise, seed=seed)
+            assert tiny.relative_error(got, tiny.ksample(attach(model, gate), prompt, N, noise=noise, seed=seed)) < 1e-5
+            counts.append(graphs())
+        return counts[0], counts[-1] - counts[0], sum(counters["graph_break"].values())
+
+    bare = compile_costs(lambda m, gate: m)
+    ours = compile_costs(lambda m, gate: runtime.attach(m, tiny.link_for(network, reference, gate)))
+    assert bare[0] > 0 and ours == bare

@@ -1,9 +1,11 @@
 """What is loaded when: projection before the UNet, nothing of the adapters needed during the steps."""
 
+import sys
+from pathlib import Path
+
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
-import comfy.supported_models
 import pytest
 import tiny
 import torch
@@ -12,49 +14,17 @@ from flexip_pack.flexip_core.adapters import FlexIPNetwork
 from flexip_pack.flexip_core.run import Link
 from flexip_pack.nodes import runtime
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from models import BASES
+
 P, N = tiny.cond(1), tiny.cond(2)
 MB = 2**20
 
 
 def real_config(base):
-    common = dict(
-        image_size=32,
-        in_channels=4,
-        out_channels=4,
-        model_channels=320,
-        use_spatial_transformer=True,
-        legacy=False,
-        use_temporal_attention=False,
-        dtype=torch.float32,
-    )
-    if base == "SD15":
-        return comfy.supported_models.SD15(
-            dict(
-                common,
-                num_res_blocks=[2] * 4,
-                channel_mult=[1, 2, 4, 4],
-                transformer_depth=[1] * 6 + [0] * 2,
-                transformer_depth_middle=1,
-                transformer_depth_output=[1] * 9 + [0] * 3,
-                context_dim=768,
-                use_linear_in_transformer=False,
-                adm_in_channels=None,
-            )
-        )
-    return comfy.supported_models.SDXL(
-        dict(
-            common,
-            num_res_blocks=[2] * 3,
-            channel_mult=[1, 2, 4],
-            transformer_depth=[0, 0, 2, 2, 10, 10],
-            transformer_depth_middle=10,
-            transformer_depth_output=[0] * 3 + [2] * 3 + [10] * 3,
-            context_dim=2048,
-            use_linear_in_transformer=True,
-            adm_in_channels=2816,
-            num_classes="sequential",
-        )
-    )
+    """ComfyUI's config of the real UNet, by its class's name in comfy.supported_models."""
+    kind, config, _ = BASES[base.lower()]
+    return kind({**config, "model_channels": 320, "dtype": torch.float32})
 
 
 @pytest.mark.parametrize("base, blocks, text_width", [("SD15", 16, 768), ("SDXL", 70, 2048)])
