@@ -75,7 +75,7 @@ def features(
     Also returns where the weights came from, for the report. A tower read from a file lives as long as `owner`, where it is noted.
     """
     if wired is not None:
-        patcher, run = _core_runner(need, wired, pictures)
+        patcher, run = _core_runner(need, wired, pictures)  # ComfyUI refers to patchers weakly: held here until the end
         source = f"the {role_of(need)} socket"
     elif path is None:
         raise ValueError(_none_found(need))
@@ -143,9 +143,8 @@ def _tower_runner(need: FeatureNeed, tower: torch.nn.Module) -> Runner:
 def _core_runner(need: FeatureNeed, clip_vision: Any, pictures: torch.Tensor) -> tuple[Any, Runner]:
     """A loaded core CLIP_VISION: run as it is at its own size, else its weights in our tower (the shared object stays as it is)."""
     if clip_vision.image_size != encoders.image_size(need.encoder):
-        patcher = _wrap(
-            encoders.load_tower(need.encoder, clip_vision.get_sd(), _dtype())
-        )  # lives for this one run of the node
+        # lives for this one run of the node
+        patcher = _wrap(encoders.load_tower(need.encoder, clip_vision.get_sd(), _dtype()))
         mm.load_models_gpu([patcher], memory_required=_memory(pictures), force_full_load=True)
         return patcher, _tower_runner(need, patcher.model)
     mm.load_model_gpu(clip_vision.patcher)

@@ -27,9 +27,7 @@ class LoadedAdapters:
     title: str
     network: Any  # FlexIPNetwork or IPAdapterPair
     patcher: comfy.model_patcher.ModelPatcher
-    encoders: dict[
-        str, str
-    ]  # what was chosen for "clip_vision" and "dino", a file or "auto"; looked up when it is needed
+    encoders: dict[str, str]  # role -> chosen file or "auto"; looked up when an encoder is needed
     towers: dict[str, comfy.model_patcher.ModelPatcher] = field(default_factory=dict)
 
 

@@ -172,9 +172,9 @@ def apply_model(
     c_concat: Any = None,
     c_crossattn: Any = None,
     control: Any = None,
-    transformer_options: dict[str, Any] = {},
+    transformer_options: dict[str, Any] = {},  # noqa: B006 - core's own signature
     **kwargs: Any,
-) -> Any:  # noqa: B006 - core's own signature
+) -> Any:
     run: Run | None = transformer_options.get(RUN)
     tags = kwargs.pop(TAG, None)
     # everything that is not a tensor stays out of the region that torch.compile sees

@@ -67,10 +67,8 @@ class PromptError(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    prompt_id: str
     messages: list[dict[str, Any]]  # everything that came over the websocket, previews as {"type": "preview"}
     outputs: dict[str, dict[str, Any]]  # by node id
-    seconds: float
 
 
 class ComfyServer:
@@ -201,7 +199,7 @@ class ComfyServer:
         if end["type"] != "execution_success":
             text = end["data"].get("exception_message", "interrupted").strip()
             raise PromptError(f"{end['data'].get('node_type')} failed: {text}", end["data"])
-        return Run(prompt_id, messages, self._history(prompt_id)["outputs"], time.monotonic() - start)
+        return Run(messages, self._history(prompt_id)["outputs"])
 
     @contextlib.contextmanager
     def _websocket(self) -> Iterator[tuple[str, queue.Queue[dict[str, Any]]]]:

@@ -5,17 +5,11 @@ Needs a ComfyUI tree in the environment variable COMFYUI_TREE (the folder's conf
 
 from __future__ import annotations
 
-import os
-
-import pytest
-import torch
-
-if not os.environ.get("COMFYUI_TREE"):
-    pytest.skip("COMFYUI_TREE names no ComfyUI", allow_module_level=True)
-
 import comfy.clip_model
 import comfy.clip_vision
 import open_clip
+import pytest
+import torch
 from flexip_pack.flexip_core.config import ClipConfig, DinoConfig
 from flexip_pack.flexip_core.encoders import load_tower
 from flexip_pack.flexip_core.images import normalise, prepare
