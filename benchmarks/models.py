@@ -25,7 +25,7 @@ from flexip_pack.flexip_core import unet  # noqa: E402
 from flexip_pack.flexip_core.adapters import FlexIPNetwork  # noqa: E402
 from flexip_pack.flexip_core.config import FlexIPConfig, ResamplerConfig  # noqa: E402
 from flexip_pack.flexip_core.reference import Reference  # noqa: E402
-from flexip_pack.flexip_core.run import Link  # noqa: E402
+from flexip_pack.flexip_core.link import Link  # noqa: E402
 from flexip_pack.nodes import runtime  # noqa: E402
 
 COMMON = dict(

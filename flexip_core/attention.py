@@ -1,18 +1,30 @@
 """The decoupled cross-attention beside a frozen text cross-attention (paper Fig. 3, "Dynamic Weight Gating").
 
-Shape legend: b batch, n image tokens, m adapter tokens, h heads, d head width, c = h * d.
+Shape legend: b batch, n image tokens (gh * gw of the block's grid), m adapter tokens, h heads, d head width, c = h * d.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-Branch = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
-"""K (b, m, c), V (b, m, c) with gate and strength folded in, and a bool mask (b, 1, 1, m) of the tokens that exist."""
+
+class Branch(NamedTuple):
+    """K and V of one softmax, ready for a block: everything that does not depend on the place is folded in.
+
+    In gate mode `tokens` with a gate per place both adapters share the softmax and `place_gate` weighs them: `first` tells
+    the preservation tokens (1) from the others (0).
+    """
+
+    k: torch.Tensor  # (b, m, c)
+    v: torch.Tensor  # (b, m, c)
+    mask: torch.Tensor | None = None  # (b, 1, 1, m): bool, the tokens that exist; or numbers added to the scores
+    place: torch.Tensor | None = None  # (b or 1, gh, gw): factor of the result at each place
+    place_gate: torch.Tensor | None = None  # (b or 1, gh, gw): the gate at each place
+    first: torch.Tensor | None = None  # (m, 1, 1)
 
 
 def attention(
@@ -27,13 +39,62 @@ def attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(b, n, c)
 
 
-def decoupled_attention(base: torch.Tensor, q: torch.Tensor, branches: tuple[Branch, ...], heads: int) -> torch.Tensor:
-    """base + sum of Attn(q, K, V): one branch per adapter in gate mode `outputs`, one in all in mode `tokens`."""
-    for k, v, mask in branches:
-        if k.dtype != q.dtype:  # a neighbour runs attention in another precision than the model's
-            k, v = k.to(q.dtype), v.to(q.dtype)
-        base = base + attention(q, k, v, heads, mask)
+def place_gated_attention(q: torch.Tensor, branch: Branch, gate: torch.Tensor, heads: int) -> torch.Tensor:
+    """Gate mode `tokens` with a gate per image token, gate (b or 1, n, 1): softmax over [gate * Kp ; (1 - gate) * Ks].
+
+    A query's gate scales the scores of the first tokens, 1 - gate those of the others, and the same factors their values. Both fit
+    into one softmax when each token has its own half of a head twice as wide.
+    """
+    b, n, c = q.shape
+    q = q.view(b, n, heads, -1)
+    k, v = (t.view(t.shape[0], t.shape[1], heads, -1) for t in (branch.k, branch.v))
+    gate, first = gate.unsqueeze(-1), branch.first  # (b, n, 1, 1), (m, 1, 1)
+    scale = q.shape[-1] ** -0.5
+    q = torch.cat([q * gate, q * (1 - gate)], dim=-1)
+    k, v = (torch.cat([t * first, t * (1 - first)], dim=-1) for t in (k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # b h n|m 2d
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=branch.mask, scale=scale).transpose(1, 2)  # b n h 2d
+    first_half, second_half = out.chunk(2, dim=-1)
+    return (first_half * gate + second_half * (1 - gate)).reshape(b, n, c)
+
+
+def decoupled_attention(
+    base: torch.Tensor, q: torch.Tensor, branches: tuple[Branch, ...], heads: int, grid: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """base + sum of Attn(q, K, V): one branch per adapter in gate mode `outputs`, one in all in mode `tokens`.
+
+    `grid` (height, width) of the block's image tokens, as the model reports it: where a neighbour (deep shrink) runs the block at
+    another size than the UNet would, the maps of the branches follow.
+    """
+    for branch in branches:
+        branch = _in_dtype(branch, q.dtype)
+        if branch.place_gate is None:
+            added = attention(q, branch.k, branch.v, heads, branch.mask)
+        else:
+            added = place_gated_attention(q, branch, per_token(branch.place_gate, q.shape[1], grid), heads)
+        if branch.place is not None:
+            added = added * per_token(branch.place, q.shape[1], grid)
+        base = base + added
     return base
+
+
+def _in_dtype(branch: Branch, dtype: torch.dtype) -> Branch:
+    """A neighbour may run attention in another precision than the model's."""
+    if branch.k.dtype == dtype:
+        return branch
+    return Branch(*(t if t is None or t.dtype == torch.bool else t.to(dtype) for t in branch))
+
+
+def per_token(place: torch.Tensor, tokens: int, grid: tuple[int, int] | None) -> torch.Tensor:
+    """(b, gh, gw) -> (b, tokens, 1)"""
+    if place.shape[1] * place.shape[2] != tokens:
+        if grid is None or grid[0] * grid[1] != tokens:
+            raise RuntimeError(
+                f"FlexIP: a block has {tokens} image tokens where the mask was laid out for {place.shape[1]} x {place.shape[2]}. "
+                "A node changes the size of the image inside the UNet without telling it; use FlexIP without a mask there."
+            )
+        place = F.interpolate(place.unsqueeze(1), size=grid, mode="area").squeeze(1)
+    return place.flatten(1).unsqueeze(-1)
 
 
 class GatedAttention:
@@ -65,7 +126,7 @@ class GatedAttention:
             )
         branches = extra_options.get("flexip", {}).get((self.position, self.address))
         if branches is not None:
-            out = decoupled_attention(out, q, branches, heads)
+            out = decoupled_attention(out, q, branches, heads, block_grid(extra_options))
         return _run_added(self.added, out, q, k, v, extra_options) if self.added else out
 
     def add(self, callback: Callable, **kwargs: Any) -> None:
@@ -76,6 +137,12 @@ class GatedAttention:
         twin = GatedAttention(self.address, self.position, self.base_attention, self.previous)
         twin.added = self.added
         return twin
+
+
+def block_grid(extra_options: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the running block's image tokens; ComfyUI notes (b, c, h, w) at every transformer."""
+    shape = extra_options.get("activations_shape")
+    return (shape[-2], shape[-1]) if shape is not None and len(shape) == 4 else None
 
 
 def _run_added(

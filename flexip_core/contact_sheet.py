@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -11,21 +13,29 @@ WIDEST = 8192  # pixels; more columns go on in the next band
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 
 
-def contact_sheet(pictures: torch.Tensor, labels: list[str]) -> torch.Tensor:
-    """pictures (len(labels) * rows, h, w, 3) in 0..1, label-major -> one sheet (1, H, W, 3), a column per label."""
+def contact_sheet(pictures: torch.Tensor, labels: Sequence[str], row_labels: Sequence[str] = ()) -> torch.Tensor:
+    """pictures (len(labels) * rows, h, w, 3) in 0..1, label-major -> one sheet (1, H, W, 3), a column per label.
+
+    `row_labels` stand on the left, each before an equal share of the rows.
+    """
     count, height, width, _ = pictures.shape
     rows = count // len(labels)
-    columns = min(len(labels), max(1, WIDEST // (width + MARGIN)))
-    bands = -(-len(labels) // columns)
     font = ImageFont.load_default(size=max(10, min(28, width // 8)))
+    left = max((int(font.getlength(text)) + 2 * MARGIN for text in row_labels), default=0)
+    columns = min(len(labels), max(1, (WIDEST - left) // (width + MARGIN)))
+    bands = -(-len(labels) // columns)
     header = int(font.size * 1.6)
     band_height = header + rows * (height + MARGIN)
-    sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, bands * band_height), PAPER)
+    sheet = Image.new("RGB", (left + columns * (width + MARGIN) + MARGIN, bands * band_height), PAPER)
     draw = ImageDraw.Draw(sheet)
     pixels = (pictures.clamp(0, 1).cpu() * 255).round().to(torch.uint8).numpy()
     for number, label in enumerate(labels):
-        left, top = MARGIN + number % columns * (width + MARGIN), number // columns * band_height
-        draw.text((left + width / 2, top + header / 2), label, fill=INK, font=font, anchor="mm")
+        x, top = left + MARGIN + number % columns * (width + MARGIN), number // columns * band_height
+        draw.text((x + width / 2, top + header / 2), label, fill=INK, font=font, anchor="mm")
         for row in range(rows):
-            sheet.paste(Image.fromarray(pixels[number * rows + row]), (left, top + header + row * (height + MARGIN)))
+            sheet.paste(Image.fromarray(pixels[number * rows + row]), (x, top + header + row * (height + MARGIN)))
+    for band in range(bands):
+        for number, label in enumerate(row_labels):
+            middle = band * band_height + header + (number + 0.5) * (rows // len(row_labels)) * (height + MARGIN)
+            draw.text((left - MARGIN, middle), label, fill=INK, font=font, anchor="rm")
     return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255).unsqueeze(0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from .adapters import BlockKV
+from .attention import Branch
 from .config import FeatureNeed
+from .gate import stack_rows
+
+COMBINE = ("concatenate", "average", "one per batch item", "one per region")
 
 
 class ProjectionCache:
@@ -59,3 +64,102 @@ class Reference:
     @property
     def count(self) -> int:
         return next(iter(self.features.values())).shape[0]
+
+    def pictures(self) -> tuple[Reference, ...]:
+        """One reference per picture."""
+        if self.count == 1:
+            return (self,)
+        return tuple(
+            Reference(
+                {name: value[i : i + 1] for name, value in self.features.items()},
+                {name: value[i : i + 1] for name, value in self.null.items()},
+                self.encoders,
+                self.needs,
+            )
+            for i in range(self.count)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceSet:
+    """Several references with a weight each, and how they become one.
+
+    concatenate: all tokens in one softmax, a weight counts like that many copies of its reference (0: left out).
+    average: the weighted mean of the tokens. one per batch item: latent i of the batch gets reference i (they repeat), its
+    strength times the weight. one per region: each acts where its mask (`masks` (n, h, w)) is, its strength times the weight.
+    `negative` stands in for the null reference in the unconditional branch.
+    """
+
+    references: tuple[Reference, ...]
+    weights: tuple[float, ...]
+    combine: str = "concatenate"
+    masks: torch.Tensor | None = None
+    negative: Reference | None = None
+
+    @property
+    def needs(self) -> tuple[FeatureNeed, ...]:
+        return self.references[0].needs
+
+    @property
+    def encoders(self) -> str:
+        return "; ".join(dict.fromkeys(reference.encoders for reference in self.references))
+
+    def describe(self) -> str:
+        pictures = sum(reference.count for reference in self.references)
+        text = f"{pictures} picture(s)"
+        if len(self.references) > 1:
+            weights = ", ".join(f"{weight:g}" for weight in self.weights)
+            text += f" in {len(self.references)} references, {self.combine}, weights {weights}"
+        return text + (", with a negative reference" if self.negative is not None else "")
+
+    def sources(self, null: bool) -> tuple[tuple[Reference, bool], ...]:
+        """Per reference what stands for it: (reference, whether its null features are meant)."""
+        if null and self.negative is not None:
+            return ((self.negative, False),) * len(self.references)
+        return tuple((reference, null) for reference in self.references)
+
+
+def as_set(reference: Reference | ReferenceSet) -> ReferenceSet:
+    return reference if isinstance(reference, ReferenceSet) else ReferenceSet((reference,), (1.0,))
+
+
+def combined(
+    mode: str, weights: Sequence[float], parts: Sequence[tuple[torch.Tensor, torch.Tensor]], items: Sequence[int]
+) -> tuple[Branch, ...]:
+    """K, V (texts, n, c) of each reference -> those of the rows `items` of the latent batch, (len(items), n, c).
+
+    One branch, for "one per region" one per reference. Weights that are strengths are not folded in: see `row_strengths`.
+    """
+    if mode == "one per region":
+        return tuple(Branch(*_rows_of(part, items)) for part in parts)
+    if mode == "one per batch item":
+        return (stack_rows([Branch(*_rows_of(parts[item % len(parts)], [item])) for item in items]),)
+    kept = [(weight, part) for weight, part in zip(weights, parts) if weight > 0]
+    rows = [_rows_of(part, items) for _, part in kept]
+    if mode == "average":
+        shares = [weight / sum(weight for weight, _ in kept) for weight, _ in kept]
+        return (Branch(*(sum(t.float() * share for t, share in zip(ts, shares)).to(ts[0].dtype) for ts in zip(*rows))),)
+    k, v = (torch.cat(ts, dim=1) for ts in zip(*rows))
+    if all(weight == kept[0][0] for weight, _ in kept):
+        return (Branch(k, v),)
+    # softmax over scores + log w: a token with weight w takes the share of w tokens with weight 1
+    bias = [torch.full((part[0].shape[1],), math.log(weight)) for weight, part in kept]
+    return (Branch(k, v, torch.cat(bias).to(k).view(1, 1, 1, -1).expand(len(items), -1, -1, -1)),)
+
+
+def row_strengths(mode: str, weights: Sequence[float], items: Sequence[int], number: int) -> list[float]:
+    """Factor of the strength of each row in branch `number` of `combined`."""
+    if mode == "one per region":
+        return [weights[number]] * len(items)
+    if mode == "one per batch item":
+        return [weights[item % len(weights)] for item in items]
+    return [1.0] * len(items)
+
+
+def _rows_of(pair: tuple[torch.Tensor, torch.Tensor], items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """K, V (texts, n, c) of one conditioning for these rows of the latent batch."""
+    k, v = pair
+    if k.shape[0] == 1:
+        return k.expand(len(items), -1, -1), v.expand(len(items), -1, -1)
+    index = torch.tensor([item % k.shape[0] for item in items], device=k.device)  # as core repeats a short text batch
+    return k[index], v[index]

@@ -9,151 +9,267 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from . import space
 from .adapters import BlockKV
 from .attention import Branch
-from .gate import gated_branches, stack_rows
-from .reference import Reference
+from .gate import Place, gated_branches, stack_rows
+from .link import Branches, Call, Counters, Entry, Link, Own, Row, Setting
+from .reference import Reference, ReferenceSet, as_set, combined, row_strengths
+from .schedule import GateBatch, GateCurve
 
-Rows = tuple[tuple[int, int], ...]
-"""Per row of a UNet call: the index of its conditioning in `Run.entries`, and its row in the latent batch."""
 LAYOUTS = 4  # assembled layouts kept per link: positive and negative, together or apart, in a window or two
-
-
-@dataclass(frozen=True, eq=False)
-class Link:
-    """What one ApplyFlexIPGate adds to a model: immutable, shared by all clones of the model.
-
-    `gates` holds one value, or one per row of the latent batch. `network` is a FlexIPNetwork (or whatever has its interface).
-    """
-
-    network: Any
-    patcher: Any  # ComfyUI's ModelPatcher of the network
-    reference: Reference
-    gates: tuple[float, ...]
-    strength: float = 1.0
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-    title: str = ""  # files, for the report
-    node_id: str | None = None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One conditioning of the run: its text (b, t, w), and whether it gets the null reference."""
-
-    text: torch.Tensor
-    null: bool
-
-
-@dataclass
-class Counters:
-    calls: int = 0
-    active: int = 0
-    untagged: int = 0
-    projected: int = 0
-    from_cache: int = 0
 
 
 class LinkRun:
     """One link of the chain during one run. The window is in sigmas, start the larger one."""
 
-    def __init__(self, link: Link, position: int, sigma_start: float, sigma_end: float):
+    def __init__(self, link: Link, position: int, sigma_start: float, sigma_end: float, setting: Setting | None = None):
         self.link = link
         self.position = position
         self.window = (sigma_start, sigma_end)
         self.always = link.start_percent <= 0.0 and link.end_percent >= 1.0
-        self.kv: list[dict[str, BlockKV]] = []  # per entry: adapter -> block -> K, V on the CPU
+        self.setting = setting or Setting()
+        self.entries: list[Entry] = []
+        self.kv: list[list[dict[str, BlockKV]]] = []  # per entry, per reference: adapter -> block -> K, V on the CPU
         self.counters = Counters()
-        self._assembled: dict[tuple, dict[tuple[int, str], tuple[Branch, ...]]] = {}
+        self._stacked: dict[Call, dict[str, list[dict[str, Branch]]]] = {}
+        self._places: dict[Call, list[dict[int, Place]]] = {}
+        self._assembled: dict[Call, tuple[tuple, Branches]] = {}
 
     def active_at(self, sigma: float | None) -> bool:
         return self.always or self.window[1] <= sigma <= self.window[0]
+
+    @property
+    def changes(self) -> bool:
+        """Whether the gate changes while sampling."""
+        return any(isinstance(gates, GateCurve) for gates in self._all_gates())
+
+    @property
+    def has_masks(self) -> bool:
+        sets = [self._set(number) for number in range(len(self.entries))]
+        return any(mask is not None for mask in (self.link.mask, self.link.gate_mask, *(s.masks for s in sets)))
+
+    def mask_is_somewhere(self) -> bool:
+        """Whether the link acts anywhere in the picture, whatever the gate."""
+        mask = self.link.mask
+        return mask is None or bool(mask.any())
+
+    def gates_at(self, sigma: float | None) -> tuple[float, ...]:
+        """The link's own γ, one or one per row of the latent batch."""
+        return self._numbers(self.link.gates, sigma)
 
     def token_counts(self) -> str:
         """Tokens per adapter as projected, of the entry with the most of them."""
         first = next(iter(self.link.network.block_widths))
         return " + ".join(
-            str(max(kv[name][first][0].shape[1] for kv in self.kv)) for name in self.link.network.adapters
+            str(max(sum(kv[name][first][0].shape[1] for kv in parts) for parts in self.kv))
+            for name in self.link.network.adapters
         )
 
     def missing(self, entries: list[Entry], dtype: torch.dtype) -> bool:
         """True when projecting `entries` would need the network's weights."""
-        link = self.link
         return any(
-            link.reference.cache.get(link.network, self._key(name, e, dtype)) is None
-            for e in entries
-            for name in link.network.adapters
+            reference.cache.get(self.link.network, self._key(name, entry, null, dtype)) is None
+            for entry in entries
+            for reference, null in self._sources(entry)
+            for name in self.link.network.adapters
         )
 
     def project(self, entries: list[Entry], dtype: torch.dtype, device: torch.device) -> None:
-        """Add K and V for `entries`, from the reference's cache or computed on `device` in float32."""
-        link, cache = self.link, self.link.reference.cache
+        """Add K and V for `entries`, from the references' caches or computed on `device` in float32."""
         for entry in entries:
-            kv = {}
-            for name in link.network.adapters:
-                key = self._key(name, entry, dtype)
-                kv[name] = cache.get(link.network, key)
-                if kv[name] is None:
-                    kv[name] = _project(link, name, entry, dtype, device)
-                    cache.put(link.network, key, kv[name])
-                    self.counters.projected += 1
-                else:
-                    self.counters.from_cache += 1
-            self.kv.append(kv)
-
-    def _key(self, adapter: str, entry: Entry, dtype: torch.dtype) -> tuple:
-        return adapter, entry.null, dtype, text_key(entry.text) if self.link.network.reads_text(adapter) else None
-
-    def branches(
-        self, rows: Rows, device: torch.device, dtype: torch.dtype
-    ) -> dict[tuple[int, str], tuple[Branch, ...]]:
-        """{(position, address): branches} for the rows of one UNet call; the last few layouts are kept on the device."""
-        key = (rows, device, dtype)
-        if key not in self._assembled:
-            while len(self._assembled) >= LAYOUTS:
-                self._assembled.pop(next(iter(self._assembled)), None)
-            self._assembled[key] = self._assemble(rows, device, dtype)
-        return self._assembled[key]
-
-    def _assemble(
-        self, rows: Rows, device: torch.device, dtype: torch.dtype
-    ) -> dict[tuple[int, str], tuple[Branch, ...]]:
-        network, gates = self.link.network, self.link.gates
-        gate: Any = gates[0]
-        if len(gates) > 1:
-            gate = torch.tensor([gates[row] for _, row in rows], device=device).view(-1, 1, 1)
-        # neighbouring rows of one conditioning go together
-        groups = [
-            (entry, [row for _, row in group]) for entry, group in itertools.groupby(rows, key=lambda pair: pair[0])
-        ]
-        out = {}
-        for address in network.block_widths:
-            stacked = {
-                name: stack_rows(
-                    [_for_rows(self.kv[entry][name][address], numbers, device, dtype) for entry, numbers in groups]
+            parts = []
+            for reference, null in self._sources(entry):
+                parts.append(
+                    {name: self._kv(reference, name, entry, null, dtype, device) for name in self.link.network.adapters}
                 )
-                for name in network.adapters
-            }
-            out[self.position, address] = gated_branches(
-                network.gate_mode, gate, self.link.strength, stacked.get("preservation"), stacked.get("personalization")
+            self.entries.append(entry)
+            self.kv.append(parts)
+
+    def _kv(
+        self, reference: Reference, name: str, entry: Entry, null: bool, dtype: torch.dtype, device: torch.device
+    ) -> BlockKV:
+        network, key = self.link.network, self._key(name, entry, null, dtype)
+        kv = reference.cache.get(network, key)
+        if kv is not None:
+            self.counters.from_cache += 1
+            return kv
+        kv = _project(network, reference, name, entry, null, dtype, device)
+        reference.cache.put(network, key, kv)
+        self.counters.projected += 1
+        return kv
+
+    def _key(self, adapter: str, entry: Entry, null: bool, dtype: torch.dtype) -> tuple:
+        return adapter, null, dtype, text_key(entry.text) if self.link.network.reads_text(adapter) else None
+
+    def _own(self, entry: Entry) -> Own | None:
+        return entry.own.get(self.position)
+
+    def _sources(self, entry: Entry) -> tuple[tuple[Reference, bool], ...]:
+        own = self._own(entry)
+        return self._set_of(own).sources(entry.null)
+
+    def _set(self, number: int) -> ReferenceSet:
+        return self._set_of(self._own(self.entries[number]))
+
+    def _set_of(self, own: Own | None) -> ReferenceSet:
+        return as_set(self.link.reference if own is None or own.reference is None else own.reference)
+
+    def _all_gates(self) -> list[Any]:
+        return [self.link.gates, *(own.gates for entry in self.entries if (own := self._own(entry)))]
+
+    def _numbers(self, gates: Any, sigma: float | None) -> tuple[float, ...]:
+        if isinstance(gates, GateCurve):
+            return (gates(self.setting.percent_of(sigma)),)
+        return gates.values_for(self.setting.batch) if isinstance(gates, GateBatch) else gates
+
+    def _row_gates(self, rows: tuple[Row, ...], sigma: float | None) -> tuple[float, ...]:
+        own = [self._own(entry) for entry in self.entries]
+        values = [self._numbers(o.gates if o else self.link.gates, sigma) for o in own]
+        return tuple(values[row.entry][row.item % len(values[row.entry])] for row in rows)
+
+    def _row_strengths(self, rows: tuple[Row, ...], number: int) -> tuple[float, ...]:
+        """Factor of branch `number` for each row; 0 where a row's conditioning has no such branch."""
+        out = []
+        for row in rows:
+            references, own = self._set(row.entry), self._own(self.entries[row.entry])
+            if number >= self._branch_count(row.entry):
+                out.append(0.0)
+                continue
+            strengths = self.link.strengths or (self.link.strength,)
+            factor = row_strengths(references.combine, references.weights, [row.item], number)[0]
+            out.append(strengths[row.item % len(strengths)] * factor * (own.strength if own else 1.0))
+        return tuple(out)
+
+    def _branch_count(self, number: int) -> int:
+        references = self._set(number)
+        return len(references.references) if references.combine == "one per region" else 1
+
+    def branches(self, call: Call, sigma: float | None) -> Branches:
+        """{(position, address): branches} for one UNet call; the last few layouts are kept on the device."""
+        gates = self._row_gates(call.rows, sigma)
+        kept = self._assembled.get(call)
+        if kept is None or kept[0] != gates:
+            _make_room(self._assembled, call)
+            self._assembled[call] = gates, self._assemble(call, gates)
+        return self._assembled[call][1]
+
+    def _assemble(self, call: Call, gates: tuple[float, ...]) -> Branches:
+        network, depth = self.link.network, self.link.depth
+        counts = max(self._branch_count(row.entry) for row in call.rows)
+        strengths = [self._row_strengths(call.rows, number) for number in range(counts)]
+        places = self._places_of(call, counts)
+        out: Branches = {}
+        for address in network.block_widths:
+            factors = tuple(
+                depth[name][address] if depth is not None else 1.0 for name in ("preservation", "personalization")
+            )
+            if not any(factors):
+                continue
+            level = self.setting.levels.get(address, 0)
+            out[self.position, address] = tuple(
+                branch
+                for number, stacked in enumerate(self._stack(call, address, counts))
+                for branch in gated_branches(
+                    network.gate_mode,
+                    gates,
+                    strengths[number],
+                    stacked.get("preservation"),
+                    stacked.get("personalization"),
+                    factors,
+                    places[number].get(level, Place()),
+                )
             )
         return out
 
+    def _stack(self, call: Call, address: str, counts: int) -> list[dict[str, Branch]]:
+        """Per branch: adapter -> K, V of all rows. Kept on the device only where the gate will change."""
+        if not self.changes:
+            return self._stack_now(call, address, counts)
+        if call not in self._stacked:
+            _make_room(self._stacked, call)
+            self._stacked[call] = {}
+        by_address = self._stacked[call]
+        if address not in by_address:
+            by_address[address] = self._stack_now(call, address, counts)
+        return by_address[address]
 
-def _for_rows(
-    kv: tuple[torch.Tensor, torch.Tensor], rows: list[int], device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K, V (texts, n, c) of one conditioning for these rows of the latent batch, (len(rows), n, c)."""
-    k, v = (t.to(device, dtype) for t in kv)
-    if k.shape[0] == 1:
-        return k.expand(len(rows), -1, -1), v.expand(len(rows), -1, -1)
-    index = torch.tensor([row % k.shape[0] for row in rows], device=device)  # as core repeats a short text batch
-    return k[index], v[index]
+    def _stack_now(self, call: Call, address: str, counts: int) -> list[dict[str, Branch]]:
+        # neighbouring rows of one conditioning go together
+        groups = [
+            (entry, [row.item for row in rows])
+            for entry, rows in itertools.groupby(call.rows, key=lambda row: row.entry)
+        ]
+        out: list[dict[str, Branch]] = [{} for _ in range(counts)]
+        for name in self.link.network.adapters:
+            parts = []
+            for entry, items in groups:
+                pairs = [tuple(t.to(call.device, call.dtype) for t in kv[name][address]) for kv in self.kv[entry]]
+                references = self._set(entry)
+                found = combined(references.combine, references.weights, pairs, items)
+                nothing = Branch(*(torch.zeros_like(t[:1, :1]).expand(len(items), -1, -1) for t in pairs[0]))
+                parts.append([*found, *[nothing] * (counts - len(found))])
+            for number in range(counts):
+                out[number][name] = stack_rows([part[number] for part in parts])
+        return out
+
+    def _places_of(self, call: Call, counts: int) -> list[dict[int, Place]]:
+        """Per branch: level -> the masks on that grid. Empty without masks."""
+        if not self.has_masks:
+            return [{}] * counts
+        if call not in self._places:
+            _make_room(self._places, call)
+            self._places[call] = [self._place(call, number) for number in range(counts)]
+        return self._places[call]
+
+    def _place(self, call: Call, number: int) -> dict[int, Place]:
+        strength = _all_rows_alike(_product(self._shown(self.link.mask, call), self._regions(call, number)))
+        gate = _all_rows_alike(self._shown(self.link.gate_mask, call))
+
+        def on_grid(maps: torch.Tensor | None, level: int) -> torch.Tensor | None:
+            return None if maps is None else space.on_grid(maps, level).to(call.device, call.dtype)
+
+        levels = set(self.setting.levels.values())
+        return {level: Place(on_grid(strength, level), on_grid(gate, level)) for level in levels}
+
+    def _shown(self, masks: torch.Tensor | None, call: Call) -> torch.Tensor | None:
+        """(rows, h, w) of the call's part of each row's mask."""
+        if masks is None:
+            return None
+        whole = space.on_latent(masks, self.setting.height, self.setting.width)
+        items, views = [row.item for row in call.rows], [row.view for row in call.rows]
+        return space.for_rows(whole, items, views, call.height, call.width)
+
+    def _regions(self, call: Call, number: int) -> torch.Tensor | None:
+        """(rows, h, w) of the masks of "one per region"; 1 in rows whose conditioning has none."""
+        sets = [self._set(row.entry) for row in call.rows]
+        if all(references.masks is None for references in sets):
+            return None
+        maps = []
+        for row, references in zip(call.rows, sets):
+            if references.masks is None or number >= len(references.masks):
+                maps.append(torch.ones(1, call.height, call.width))
+            else:
+                maps.append(self._shown(references.masks[number : number + 1], call._replace(rows=(row,))))
+        return torch.cat(maps)
+
+
+def _product(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return b if a is None else a if b is None else a * b
+
+
+def _all_rows_alike(maps: torch.Tensor | None) -> torch.Tensor | None:
+    """One row for all of them where they are equal."""
+    return maps if maps is None or len(maps) == 1 or not (maps[1:] == maps[:1]).all() else maps[:1]
+
+
+def _make_room(kept: dict, key: Any) -> None:
+    while len(kept) >= LAYOUTS and key not in kept:
+        kept.pop(next(iter(kept)))
 
 
 class Run:
@@ -170,60 +286,85 @@ class Run:
 
     @property
     def reads_sigma(self) -> bool:
-        return not all(link.always for link in self.links)
+        return not all(link.always and not link.changes for link in self.links)
 
-    def prepare(self, entries: list[Entry], dtype: torch.dtype, device_of: Callable[[Link], torch.device]) -> None:
+    def prepare(self, entries: list[Entry], dtype: torch.dtype, device_of: Callable[[LinkRun], torch.device]) -> None:
         """Project K and V of `entries` for every link; `device_of` loads the link's network and is called only if needed."""
         self.entries += entries
         for run in self.links:
-            device = device_of(run.link) if run.missing(entries, dtype) else torch.device("cpu")
+            device = device_of(run) if run.missing(entries, dtype) else torch.device("cpu")
             run.project(entries, dtype, device)
 
-    def untagged(self, text: torch.Tensor, chunks: int, dtype: torch.dtype) -> Rows:
+    def untagged(self, text: torch.Tensor, chunks: int, dtype: torch.dtype) -> tuple[Row, ...]:
         """Rows for a call whose conditioning a node made itself: the null reference, with the call's text.
 
         text (chunks * count, t, w). Computed where the text is, with weights cast as they come.
         """
-        rows: list[tuple[int, int]] = []
+        rows: list[Row] = []
         for part in text.chunk(chunks):
             key = text_key(part)
             if key not in self._untagged:
                 self._untagged[key] = len(self.entries)
                 self.prepare([Entry(part.detach(), null=True)], dtype, lambda link: text.device)
-            rows += [(self._untagged[key], row) for row in range(part.shape[0])]
+            rows += [Row(self._untagged[key], item) for item in range(part.shape[0])]
         for run in self.links:
             run.counters.untagged += 1
         return tuple(rows)
 
-    def assemble(
-        self, rows: Rows, device: torch.device, dtype: torch.dtype, sigma: float | None
-    ) -> tuple[dict[tuple[int, str], tuple[Branch, ...]], str]:
+    def assemble(self, call: Call, sigma: float | None) -> tuple[Branches, str]:
         """Tensors for the patches and the name of their structure, or ({}, "") where no link is active."""
-        tensors: dict[tuple[int, str], tuple[Branch, ...]] = {}
+        tensors: Branches = {}
         names = []
         for run in self.links:
             run.counters.calls += 1
             if not run.active_at(sigma):
                 continue
             run.counters.active += 1
-            tensors.update(run.branches(rows, device, dtype))
+            run.counters.tiles += run.has_masks and _is_unknown_tile(call, run.setting)
+            tensors.update(run.branches(call, sigma))
             names.append(_structure(run, tensors))
         return tensors, f"flexip_{self.neighbours}_" + "_".join(names) if names else ""
 
 
-def _structure(run: LinkRun, tensors: dict) -> str:
-    """What torch.compile must notice: tokens per branch, masks, number of blocks, gate mode, place in the chain."""
-    blocks = run.link.network.block_widths
-    first = tensors[run.position, next(iter(blocks))]
-    tokens = "_".join(f"{k.shape[1]}{'m' if mask is not None else ''}" for k, _, mask in first)
-    return f"{run.position}{run.link.network.gate_mode[0]}{len(blocks)}_{tokens}"
+def _is_unknown_tile(call: Call, setting: Setting) -> bool:
+    whole = (call.height, call.width) == (setting.height, setting.width)
+    return not whole and any(row.view is None for row in call.rows)
 
 
-def _project(link: Link, adapter: str, entry: Entry, dtype: torch.dtype, device: torch.device) -> BlockKV:
-    features = link.reference.null if entry.null else link.reference.features
+def _structure(run: LinkRun, tensors: Branches) -> str:
+    """What torch.compile must notice: tokens per branch, masks, maps, blocks, gate mode, place in the chain."""
+    blocks = [address for address in run.link.network.block_widths if (run.position, address) in tensors]
+    shapes = [
+        "".join(
+            (
+                str(branch.k.shape[1]),
+                "" if branch.mask is None else "m" if branch.mask.dtype == torch.bool else "b",
+                "" if branch.place is None else f"p{min(branch.place.shape[0], 2)}",
+                "" if branch.place_gate is None else f"g{min(branch.place_gate.shape[0], 2)}",
+            )
+        )
+        for branch in (tensors[run.position, blocks[0]] if blocks else ())
+    ]
+    name = f"{run.position}{run.link.network.gate_mode[0]}{len(blocks)}_{'_'.join(shapes)}"
+    if run.link.depth is not None:  # which blocks, and which of the adapters in each
+        present = repr([(address, len(tensors[run.position, address])) for address in blocks])
+        name += "_" + hashlib.blake2b(present.encode(), digest_size=4).hexdigest()
+    return name
+
+
+def _project(
+    network: Any,
+    reference: Reference,
+    adapter: str,
+    entry: Entry,
+    null: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> BlockKV:
+    features = reference.null if null else reference.features
     features = {name: value.to(device, torch.float32) for name, value in features.items()}
-    text = entry.text.to(device, torch.float32) if link.network.reads_text(adapter) else None
-    kv = link.network.project(adapter, link.network.tokens(adapter, features, text))
+    text = entry.text.to(device, torch.float32) if network.reads_text(adapter) else None
+    kv = network.project(adapter, network.tokens(adapter, features, text))
     return {address: (k.to("cpu", dtype), v.to("cpu", dtype)) for address, (k, v) in kv.items()}
 
 

@@ -39,6 +39,22 @@ def block_widths(diffusion_model: nn.Module) -> tuple[dict[str, int], int | None
     return {address: attn.to_q.weight.shape[0] for address, attn in found.items()}, text_width
 
 
+def block_levels(diffusion_model: nn.Module) -> dict[str, int]:
+    """How often the latent was halved where each block of cross_attentions runs, same addresses in the same order.
+
+    A block at level n works on ceil(height / 2**n) x ceil(width / 2**n) tokens: ComfyUI halves by a convolution with stride 2
+    and padding 1, and doubles to the size of the skip connection.
+    """
+    levels, level = {}, 0
+    for kind, number, block in _blocks(diffusion_model):
+        for layer in block:
+            resampler = getattr(layer, "h_upd", layer)  # of a ResBlock with up or down; an Identity in any other
+            level += {"Downsample": 1, "Upsample": -1}.get(type(resampler).__name__, 0)
+            for index in range(len(getattr(layer, "transformer_blocks", ()))):
+                levels[f"{kind}.{number}.{index}"] = level
+    return {address: levels[address] for address in cross_attentions(diffusion_model)}
+
+
 def text_projections(diffusion_model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The UNet's own text to_k and to_v weights per block address, to start an adapter from."""
     return {

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from comfy_api.v0_0_2 import io
 
 from ..flexip_core import unet
 from ..flexip_core.config import FeatureNeed
+from ..flexip_core.depth import BlockStrengths
 from ..flexip_core.encoders import image_size
-from ..flexip_core.reference import Reference
-from ..flexip_core.run import Link
-from . import runtime
+from ..flexip_core.link import Link
+from ..flexip_core.reference import Reference, ReferenceSet
+from ..flexip_core.schedule import GateBatch, GateCurve
+from ..flexip_core.space import as_masks
+from . import encoders, runtime
 from .load import LoadedAdapters
-from .types import CATEGORY, FlexIPAdapters, FlexIPReference
+from .types import CATEGORY, FlexIPAdapters, FlexIPBlockStrengths, FlexIPGate, FlexIPReference
 
 NODE = "ApplyFlexIPGate"
 
@@ -66,6 +70,26 @@ class ApplyFlexIPGate(io.ComfyNode):
                     advanced=True,
                     tooltip="Part of the sampling at which the reference stops to act.",
                 ),
+                FlexIPGate.Input(
+                    "gate_schedule",
+                    optional=True,
+                    tooltip="A gate along the sampling or along the batch, from FlexIP Gate Schedule or FlexIP Gate Batch; used instead of the slider.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the reference acts: white fully, black not at all. Any size; a batch gives each latent its own.",
+                ),
+                io.Mask.Input(
+                    "gate_mask",
+                    optional=True,
+                    tooltip="Where the subject is kept: white has the gate above, black has gate 0 (all prompt), grey lies between.",
+                ),
+                FlexIPBlockStrengths.Input(
+                    "blocks",
+                    optional=True,
+                    tooltip="Strength per block of the UNet, from FlexIP Blocks: composition only, style only, or your own list.",
+                ),
             ],
             outputs=[io.Model.Output("model", display_name="model", tooltip="The gated model, for any sampler.")],
             hidden=[io.Hidden.unique_id],
@@ -76,11 +100,15 @@ class ApplyFlexIPGate(io.ComfyNode):
         cls,
         model: Any,
         adapters: LoadedAdapters,
-        reference: Reference,
+        reference: Reference | ReferenceSet,
         gate: float,
         strength: float,
         start_percent: float,
         end_percent: float,
+        gate_schedule: GateCurve | GateBatch | None = None,
+        mask: torch.Tensor | None = None,
+        gate_mask: torch.Tensor | None = None,
+        blocks: BlockStrengths | None = None,
     ) -> io.NodeOutput:
         check_base(model, adapters)
         check_reference(adapters, reference)
@@ -88,17 +116,21 @@ class ApplyFlexIPGate(io.ComfyNode):
             raise ValueError(
                 f"{NODE}: start_percent {start_percent:g} is not before end_percent {end_percent:g}, so the reference would never act. Set start_percent below end_percent."
             )
-        link = Link(
-            adapters.network,
-            adapters.patcher,
-            reference,
-            (gate,),
-            strength,
-            start_percent,
-            end_percent,
-            adapters.title,
-            cls.hidden.unique_id if cls.hidden else None,
-        )
+        with encoders.named(NODE):
+            link = Link(
+                network=adapters.network,
+                patcher=adapters.patcher,
+                reference=reference,
+                gates=(gate,) if gate_schedule is None else gate_schedule,
+                strength=strength,
+                start_percent=start_percent,
+                end_percent=end_percent,
+                title=adapters.title,
+                node_id=cls.hidden.unique_id if cls.hidden else None,
+                mask=None if mask is None else as_masks(mask, "The mask"),
+                gate_mask=None if gate_mask is None else as_masks(gate_mask, "The gate mask"),
+                depth=None if blocks is None else blocks.resolve(unet.block_levels(model.model.diffusion_model)),
+            )
         return io.NodeOutput(runtime.attach(model, link))
 
 
@@ -122,7 +154,7 @@ def check_base(model: Any, adapters: LoadedAdapters) -> None:
     raise ValueError(f"{NODE}: {text} Use a checkpoint and adapters of the same base.")
 
 
-def check_reference(adapters: LoadedAdapters, reference: Reference) -> None:
+def check_reference(adapters: LoadedAdapters, reference: Reference | ReferenceSet) -> None:
     wanted = adapters.network.needs()
     if reference.needs != wanted:
         raise ValueError(

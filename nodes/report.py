@@ -1,16 +1,19 @@
-"""What a run did, in words: in the log, as progress text on the Apply node, and on FlexIPSampler's report output."""
+"""What a run did, in words."""
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from ..flexip_core.run import Link, LinkRun, Run
+from ..flexip_core.link import Link
+from ..flexip_core.reference import as_set
+from ..flexip_core.run import LinkRun, Run
 from . import runtime
+
+MOST_NUMBERS = 12  # of a schedule or a batch, written out
 
 
 def text(run: Run, links: tuple[Link, ...], guider: Any, sigmas: torch.Tensor, seconds: float) -> str:
@@ -28,46 +31,58 @@ def text(run: Run, links: tuple[Link, ...], guider: Any, sigmas: torch.Tensor, s
 
 def _link(run: LinkRun, guider: Any, steps: list[float], seconds: float) -> str:
     link, counters = run.link, run.counters
-    blocks = len(link.network.block_widths)
-    lost = runtime.lost_blocks(run, guider.model_options["transformer_options"])
-    active_steps = sum(run.active_at(sigma) for sigma in steps)
+    blocks = [address for address in link.network.block_widths if _acts(link, address)]
+    lost = [
+        name
+        for address, name in runtime.lost_blocks(run, guider.model_options["transformer_options"])
+        if address in blocks
+    ]
+    active = [sigma for sigma in steps if run.active_at(sigma)]
+    gates = [value for sigma in active for value in run.gates_at(sigma)] or list(
+        run.gates_at(steps[0] if steps else 0.0)
+    )
+    references = as_set(link.reference)
     lines = [
-        f"gate {_numbers(link.gates)}, strength {link.strength:g}: {blocks - len(lost)} of {blocks} blocks patched, {active_steps} of {len(steps)} steps, {seconds:.1f} s",
+        f"gate {_numbers(gates)}, strength {_numbers(link.strengths or (link.strength,))}: {len(blocks) - len(lost)} of {len(link.network.block_widths)} blocks patched, {len(active)} of {len(steps)} steps, {seconds:.1f} s",
         f"adapters: {link.title} (gate mode {link.network.gate_mode})",
-        f"encoders: {link.reference.encoders}",
-        f"reference: {link.reference.count} picture(s), tokens {run.token_counts()}",
-        f"active from {link.start_percent:g} to {link.end_percent:g}: {active_steps} of {len(steps)} steps, {counters.active} of {counters.calls} model calls",
+        f"encoders: {references.encoders}",
+        f"reference: {references.describe()}, tokens {run.token_counts()}",
+        f"active from {link.start_percent:g} to {link.end_percent:g}: {len(active)} of {len(steps)} steps, {counters.active} of {counters.calls} model calls",
         f"K/V: {counters.projected} projected, {counters.from_cache} reused",
     ]
-    if counters.untagged:
-        lines.append(
-            f"note: {counters.untagged} model calls came with a conditioning of another node's own; they got the null reference"
-        )
-    if lost:
-        by = ", ".join(f"{name} x{count}" for name, count in Counter(lost).most_common())
-        lines.append(
-            f"WARNING: another node took over {len(lost)} of {blocks} blocks after FlexIP ({by}); unless it calls FlexIP, the reference does not act there. Apply FlexIP after that node"
-        )
-    if hidden := runtime.hidden_neighbours(guider.model_options["transformer_options"]):
-        lines.append(
-            f"WARNING: {hidden[0]} was put on {len(hidden)} blocks after FlexIP in a way that ComfyUI never calls; apply FlexIP after that node"
-        )
-    if not counters.active:
-        lines.append("WARNING: FlexIP changed nothing in this run; check start_percent and end_percent")
+    lines += [f"note: {text}" for text in _notes(run)]
+    lines += [f"WARNING: {text}" for text in _warnings(run, blocks, lost, guider)]
     return ".\n".join(lines)  # full stops, because the page's new nodes show line breaks as spaces
 
 
-def _numbers(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:g}" for value in dict.fromkeys(values))
+def _acts(link: Link, address: str) -> bool:
+    return link.depth is None or any(link.depth[name][address] for name in link.network.adapters)
 
 
-def publish(report: str, links: tuple[Link, ...], listener: Callable[[str], None] | None) -> None:
-    logging.log(logging.WARNING if "WARNING" in report else logging.INFO, "FlexIP\n%s", report)
-    if listener is not None:
-        listener(report)
-    node_id = links[-1].node_id
-    if node_id is not None:
-        from server import PromptServer  # absent where ComfyUI is used as a library
+def _notes(run: LinkRun) -> Iterator[str]:
+    own = sum(run.position in entry.own for entry in run.entries)
+    if own:
+        yield f"{own} prompt(s) brought their own reference or gate"
+    if run.counters.untagged:
+        yield f"{run.counters.untagged} model calls came with a conditioning of another node's own; they got the null reference"
 
-        if getattr(PromptServer, "instance", None) is not None:
-            PromptServer.instance.send_progress_text(report, node_id)
+
+def _warnings(run: LinkRun, blocks: list[str], lost: list[str], guider: Any) -> Iterator[str]:
+    if lost:
+        by = ", ".join(f"{name} x{count}" for name, count in Counter(lost).most_common())
+        yield f"another node took over {len(lost)} of {len(blocks)} blocks after FlexIP ({by}); unless it calls FlexIP, the reference does not act there. Apply FlexIP after that node"
+    if hidden := runtime.hidden_neighbours(guider.model_options["transformer_options"]):
+        yield f"{hidden[0]} was put on {len(hidden)} blocks after FlexIP in a way that ComfyUI never calls; apply FlexIP after that node"
+    if run.counters.tiles:
+        yield f"{run.counters.tiles} model calls showed a tile without saying which, so the mask was laid over each tile; use a mask only without that tiling"
+    if run.has_masks and not run.mask_is_somewhere():
+        yield "the mask is black everywhere, so FlexIP changed nothing; paint white where the reference is to act"
+    if not run.counters.active:
+        yield "FlexIP changed nothing in this run; check start_percent and end_percent"
+    elif not blocks:
+        yield "FlexIP changed nothing in this run, because every block has strength 0; check the blocks"
+
+
+def _numbers(values: Iterable[float]) -> str:
+    numbers = list(dict.fromkeys(f"{value:.3g}" for value in values))
+    return ", ".join(numbers if len(numbers) <= MOST_NUMBERS else [*numbers[: MOST_NUMBERS - 1], "...", numbers[-1]])

@@ -2,50 +2,35 @@
 
 The links of a model are an immutable tuple in transformer_options. One OUTER_SAMPLE wrapper projects K and V before the UNet is
 loaded and tags every row of every conditioning; one APPLY_MODEL wrapper turns the tags of a UNet call into ready tensors.
+How the tags travel is in tags.py.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from typing import Any
 
-import comfy.conds
 import comfy.ldm.modules.attention
 import comfy.model_management as mm
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
+from ..flexip_core import unet
 from ..flexip_core.attention import GatedAttention
-from ..flexip_core.run import Entry, Link, LinkRun, Rows, Run
-from . import report
+from ..flexip_core.link import Call, Entry, Link, Own, Setting
+from ..flexip_core.reference import as_set
+from ..flexip_core.run import LinkRun, Run
+from ..flexip_core.schedule import PercentOfSigma
+from . import notices, report, tags
+from .own import OWN, OwnReference, without_reminders
 
 KEY = "flexip"
 LINKS = "flexip_links"
 RUN = "flexip_run"
 LISTENER = "flexip_listener"  # a callable that receives the report's text
-TAG = "flexip_tag"
-ROWS = 2**20  # more than any batch has
 NULL_ROLES = {"negative", "empty_negative_prompt"}
-
-
-def tag(entry: int, batch: int) -> comfy.conds.CONDRegular:
-    """(batch, 1, 1): which conditioning of the run a row belongs to, and its row in the latent batch, as one number.
-
-    A tensor with a row per latent, so that whatever repeats, cuts, windows or reorders the batch does the same to it. It stays on
-    the CPU, so that reading it back waits for nothing.
-    """
-    return comfy.conds.CONDRegular((entry * ROWS + torch.arange(batch)).view(-1, 1, 1))
-
-
-def read_tags(tags: torch.Tensor, count: int) -> Rows:
-    """The rows of a UNet call; `count` is how many it has. Core cuts or repeats per-row conditionings without a word."""
-    numbers = tags.flatten().tolist()
-    if len(numbers) != count:
-        raise RuntimeError(
-            f"FlexIP: a model call of {count} rows came with tags for {len(numbers)}; another node resized the batch without its conditionings."
-        )
-    return tuple(divmod(int(number), ROWS) for number in numbers)
 
 
 def links_of(model: Any) -> tuple[Link, ...]:
@@ -96,52 +81,87 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     options = guider.model_options["transformer_options"]
     links = options.get(LINKS, ())
+    without_reminders(guider.conds)
     if not links:
         logging.warning(
             "FlexIP: another node took the gates off this model's options, so FlexIP does nothing. Apply FlexIP after it."
         )
         return executor(*args, **kwargs)
-    if all(link.strength == 0 for link in links):
+    if all(link.silent for link in links):
         result = executor(*args, **kwargs)
-        report.publish("strength 0: FlexIP does nothing.", links, options.get(LISTENER))
+        notices.publish("strength 0: FlexIP does nothing.", links, options.get(LISTENER))
         return result
     started = time.perf_counter()
-    run = _start(guider, links, batch=args[0].shape[0])
+    run = _start(guider, links, latent=args[0])
     options[RUN] = run
     try:
         result = executor(*args, **kwargs)
     finally:
         options.pop(RUN, None)
     text = report.text(run, links, guider, sigmas=args[3], seconds=time.perf_counter() - started)
-    report.publish(text, links, options.get(LISTENER))
+    notices.publish(text, links, options.get(LISTENER))
     return result
 
 
-def _start(guider: Any, links: tuple[Link, ...], batch: int) -> Run:
+def _start(guider: Any, links: tuple[Link, ...], latent: torch.Tensor) -> Run:
     model = guider.model_patcher
     sampling = model.get_model_object("model_sampling")
+    batch, (height, width) = latent.shape[0], latent.shape[-2:]
     for link in links:
-        if len(link.gates) not in (1, batch):
+        if isinstance(link.gates, tuple) and len(link.gates) not in (1, batch):
             raise ValueError(
                 f"ApplyFlexIPGate: got {len(link.gates)} gates for a batch of {batch} latents; give one gate, or one per latent."
             )
+    levels = unet.block_levels(model.model.diffusion_model)
+    percent_of = functools.cache(
+        lambda: PercentOfSigma(sampling.percent_to_sigma)
+    )  # a table that only a schedule needs
+    setting = Setting(batch, height, width, levels, lambda sigma: percent_of()(sigma))
     runs = [
         LinkRun(
-            link, position, sampling.percent_to_sigma(link.start_percent), sampling.percent_to_sigma(link.end_percent)
+            link,
+            position,
+            sampling.percent_to_sigma(link.start_percent),
+            sampling.percent_to_sigma(link.end_percent),
+            setting,
         )
         for position, link in enumerate(links)
-        if link.strength != 0
+        if not link.silent
     ]
     slots = _slots(guider.model_options["transformer_options"])
     run = Run(runs, neighbours=sum(_has_neighbour(patch) for patch in slots.values()))
     conds = [(name, entry) for name, entries in guider.conds.items() for entry in entries]
-    entries = [Entry(_text(entry, links), null=entry.get("prompt_type", name) in NULL_ROLES) for name, entry in conds]
+    entries = [
+        Entry(_text(entry, links), entry.get("prompt_type", name) in NULL_ROLES, _own(entry, links))
+        for name, entry in conds
+    ]
     with torch.no_grad():
         run.prepare(entries, model.model.get_dtype_inference(), _load)
+    seen = any(link.has_masks for link in runs)
     for number, (_, entry) in enumerate(conds):
         # a new dict: the old one also belongs to guider.original_conds
-        entry["model_conds"] = {**entry["model_conds"], TAG: tag(number, batch)}
+        entry["model_conds"] = {**entry["model_conds"], tags.TAG: tags.tag(number, batch)}
+        if seen:
+            entry["model_conds"][tags.VIEW] = tags.view(height, width)
     return run
+
+
+def _own(entry: dict[str, Any], links: tuple[Link, ...]) -> dict[int, Own]:
+    """What FlexIPConditioning put into a prompt, for the last link of the chain that reads such a reference."""
+    own: OwnReference | None = entry.get(OWN)
+    if own is None:
+        return {}
+    fitting = [
+        position
+        for position, link in enumerate(links)
+        if own.reference is None or as_set(own.reference).needs == link.network.needs()
+    ]
+    if not fitting:
+        raise ValueError(
+            f"FlexIPConditioning: the reference on a prompt was encoded for other adapters than those on the model ({', '.join(link.title for link in links)}). "
+            "Wire the same adapters into its Encode Reference."
+        )
+    return {fitting[-1]: Own(own.reference, own.gates, own.strength)}
 
 
 def _text(entry: dict[str, Any], links: tuple[Link, ...]) -> torch.Tensor:
@@ -158,11 +178,12 @@ def _text(entry: dict[str, Any], links: tuple[Link, ...]) -> torch.Tensor:
     return text
 
 
-def _load(link: Link) -> torch.device:
+def _load(run: LinkRun) -> torch.device:
     """The adapters' weights on their device; the UNet's own load, which follows, evicts them if it must."""
-    values = sum(value.numel() for value in link.reference.features.values())
-    mm.load_models_gpu([link.patcher], memory_required=64 * 4 * values)  # float32 activations, generously
-    return link.patcher.load_device
+    patcher, references = run.link.patcher, as_set(run.link.reference).references
+    values = max(sum(value.numel() for value in reference.features.values()) for reference in references)
+    mm.load_models_gpu([patcher], memory_required=64 * 4 * values)  # float32 activations, generously
+    return patcher.load_device
 
 
 def apply_model(
@@ -176,25 +197,26 @@ def apply_model(
     **kwargs: Any,
 ) -> Any:
     run: Run | None = transformer_options.get(RUN)
-    tags = kwargs.pop(TAG, None)
+    tag, view = kwargs.pop(tags.TAG, None), kwargs.pop(tags.VIEW, None)
     # everything that is not a tensor stays out of the region that torch.compile sees
     options = {key: value for key, value in transformer_options.items() if key not in (RUN, LINKS, LISTENER, KEY)}
     if run is not None and c_crossattn is not None:
         dtype = executor.class_obj.get_dtype_inference()
-        if tags is not None:
-            rows = read_tags(tags, x.shape[0])
+        height, width = x.shape[-2:]
+        if tag is not None:
+            rows = tags.read(tag, view, x.shape[0], height, width, options)
         else:
             with torch.no_grad():
                 rows = run.untagged(c_crossattn, len(options["cond_or_uncond"]), dtype)
         sigma = float(options["sigmas"][0]) if run.reads_sigma else None
-        options[KEY], structure = run.assemble(rows, x.device, dtype, sigma)
+        options[KEY], structure = run.assemble(Call(rows, height, width, x.device, dtype), sigma)
         if structure:
             kwargs[structure] = None
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
-def lost_blocks(run: LinkRun, options: dict[str, Any]) -> list[str]:
-    """Blocks that another node took over after us, by the class of what sits there: it may or may not call us."""
+def lost_blocks(run: LinkRun, options: dict[str, Any]) -> list[tuple[str, str]]:
+    """Blocks that another node took over after us, with the class of what sits there: it may or may not call us."""
     slots = _slots(options)
     taken = []
     for address in run.link.network.block_widths:
@@ -203,7 +225,7 @@ def lost_blocks(run: LinkRun, options: dict[str, Any]) -> list[str]:
         while isinstance(patch, GatedAttention) and patch.position > run.position:
             patch = patch.previous
         if not (isinstance(patch, GatedAttention) and patch.position == run.position):
-            taken.append(type(patch).__name__)
+            taken.append((address, type(patch).__name__))
     return taken
 
 

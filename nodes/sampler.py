@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
-import re
 from typing import Any
 
 import comfy.k_diffusion.sampling as k_sampling
@@ -18,11 +16,12 @@ from comfy_api.v0_0_2 import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..flexip_core.contact_sheet import contact_sheet
-from . import runtime
+from ..flexip_core.schedule import GateBatch, GateCurve, parse_numbers
+from . import encoders, runtime
 from .types import CATEGORY
 
 NODE = "FlexIPSampler"
-MOST_GATES = 64
+MOST = 64  # pictures of one sweep
 
 
 class FlexIPSampler(io.ComfyNode):
@@ -80,15 +79,23 @@ class FlexIPSampler(io.ComfyNode):
                     tooltip="Gates to compare, such as 0, 0.25, 0.5, 0.75, 1. They replace the gate of the last Apply FlexIP Gate. Empty: that node's own gate.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Wire it to get the labelled contact sheet."),
+                io.String.Input(
+                    "strengths",
+                    default="",
+                    optional=True,
+                    tooltip="Strengths to compare, such as 0.5, 1: a row of the contact sheet each. They replace the strength of the last Apply FlexIP Gate.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
                     "latent",
                     display_name="latent",
-                    tooltip="All gates in one batch: first all latents with the first gate, then with the second, ...",
+                    tooltip="All in one batch: first all latents with the first gate, then with the second, ...; with strengths, all gates for the first strength, then for the second, ...",
                 ),
                 io.Image.Output(
-                    "contact_sheet", display_name="contact sheet", tooltip="One column per gate; needs the vae."
+                    "contact_sheet",
+                    display_name="contact sheet",
+                    tooltip="One column per gate, one row per strength; needs the vae.",
                 ),
                 io.String.Output(
                     "report",
@@ -114,20 +121,32 @@ class FlexIPSampler(io.ComfyNode):
         denoise: float,
         gates: str,
         vae: Any = None,
+        strengths: str = "",
     ) -> io.NodeOutput:
         links = runtime.links_of(model)
         if not links:
             raise ValueError(
                 f"{NODE}: the model has no FlexIP gate. Put Apply FlexIP Gate between the checkpoint and this node."
             )
-        values = parse_gates(gates)
+        with encoders.named(NODE):
+            values = parse_numbers(gates, 0.0, 1.0, "gates", MOST)
+            amounts = parse_numbers(strengths, 0.0, 5.0, "strengths", MOST)
+        if values and not amounts and links[-1].silent:
+            raise ValueError(
+                f"{NODE}: the last Apply FlexIP Gate has strength 0, so all gates would look alike. Raise its strength."
+            )
+        grid = [(amount, value) for amount in amounts or (None,) for value in values or (None,)]
+        if len(grid) > MOST:
+            raise ValueError(
+                f"{NODE}: {len(amounts)} strengths with {len(values)} gates each are {len(grid)} pictures, at most {MOST} fit into one batch. Use fewer."
+            )
+        rows = [cell for cell in grid for _ in range(len(latent_image["samples"]))]
+        last = links[-1]
         if values:
-            if links[-1].strength == 0:
-                raise ValueError(
-                    f"{NODE}: the last Apply FlexIP Gate has strength 0, so all gates would look alike. Raise its strength."
-                )
-            rows = tuple(value for value in values for _ in range(len(latent_image["samples"])))
-            links = (*links[:-1], dataclasses.replace(links[-1], gates=rows))
+            last = dataclasses.replace(last, gates=tuple(value for _, value in rows))
+        if amounts:
+            last = dataclasses.replace(last, strengths=tuple(amount for amount, _ in rows))
+        links = (*links[:-1], last)
         model = runtime.with_links(model, links)
         reports: list[str] = []
         model.model_options["transformer_options"][runtime.LISTENER] = reports.append
@@ -142,34 +161,32 @@ class FlexIPSampler(io.ComfyNode):
             negative,
             latent_image,
             denoise,
-            copies=len(values) or 1,
+            copies=len(grid),
         )
         report = reports[0] if reports else "FlexIP did not run: every link has strength 0, or no step was sampled."
         if vae is None:
             return io.NodeOutput(
                 result, ExecutionBlocker(f"{NODE}: wire a VAE into it to get the contact sheet."), report
             )
-        labels = [f"gate {value:g}" for value in values or links[-1].gates]
-        sheet = contact_sheet(decode(vae, result["samples"]), labels)
+        sheet = contact_sheet(
+            by_columns(decode(vae, result["samples"]), len(amounts) or 1, len(values) or 1),
+            [f"gate {value:g}" for value in values] or gate_labels(links[-1].gates, len(rows)),
+            [f"strength {amount:g}" for amount in amounts],
+        )
         return io.NodeOutput(result, sheet, report, ui=ui.PreviewImage(sheet, cls=cls))
 
 
-def parse_gates(text: str) -> tuple[float, ...]:
-    """ "0, 0.25 1" -> (0.0, 0.25, 1.0); empty text -> ()."""
-    values = []
-    for word in filter(None, re.split(r"[,;\s]+", text)):
-        try:
-            value = float(word)
-        except ValueError:
-            value = math.nan
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(
-                f"{NODE}: gates must be numbers from 0 to 1 with commas between them, such as 0, 0.5, 1; got {word!r}."
-            )
-        values.append(value)
-    if len(values) > MOST_GATES:
-        raise ValueError(f"{NODE}: got {len(values)} gates, at most {MOST_GATES} fit into one batch. Use fewer.")
-    return tuple(values)
+def by_columns(pictures: torch.Tensor, strengths: int, gates: int) -> torch.Tensor:
+    """Pictures in the order of the latents (strength, gate, latent) -> in the order of the sheet's columns (gate, strength, latent)."""
+    return pictures.unflatten(0, (strengths, gates, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def gate_labels(gates: Any, batch: int) -> list[str]:
+    """Of the columns without a sweep: one, or one per latent where each has a gate of its own."""
+    if isinstance(gates, GateCurve):
+        return [f"gate {gates.name}"]
+    values = gates.values_for(batch) if isinstance(gates, GateBatch) else gates
+    return [f"gate {value:.3g}" for value in values]
 
 
 def repeat_latent(latent: dict, copies: int) -> dict:

@@ -5,3 +5,5 @@ from comfy_api.v0_0_2 import io
 CATEGORY = "FlexIP"
 FlexIPAdapters = io.Custom("FLEXIP_ADAPTERS")
 FlexIPReference = io.Custom("FLEXIP_REFERENCE")
+FlexIPGate = io.Custom("FLEXIP_GATE")
+FlexIPBlockStrengths = io.Custom("FLEXIP_BLOCKS")

@@ -175,7 +175,7 @@ def test_context_windows_take_each_rows_own_gate(model):
         window = options["context_window"]
         anchor = getattr(window, "causal_anchor_index", None)
         rows = ([] if anchor is None else [anchor]) + list(window.index_list)
-        _, values, _ = options["flexip"][0, "middle.0.0"][0]  # the preservation branch: V scaled by the gate
+        values = options["flexip"][0, "middle.0.0"][0].v  # the preservation branch: V scaled by the gate
         seen.append((rows, values.norm(dim=(1, 2)).tolist()))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 

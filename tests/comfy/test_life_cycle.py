@@ -11,7 +11,7 @@ import tiny
 import torch
 from flexip_pack.flexip_core import unet
 from flexip_pack.flexip_core.adapters import FlexIPNetwork
-from flexip_pack.flexip_core.run import Link
+from flexip_pack.flexip_core.link import Link
 from flexip_pack.nodes import runtime
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -159,7 +159,7 @@ def test_tensors_follow_the_models_dtype(dtype):
     seen = set()
 
     def spy(executor, *args, **kwargs):
-        seen.update(t.dtype for branches in args[5]["flexip"].values() for k, v, _ in branches for t in (k, v))
+        seen.update(t.dtype for branches in args[5]["flexip"].values() for branch in branches for t in branch[:2])
         return executor(*args, **kwargs)
 
     gated = runtime.attach(model, tiny.link_for(network, reference, (0.2, 0.8)))

@@ -5,7 +5,7 @@ import tiny
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from flexip_pack.nodes import runtime
-from flexip_pack.nodes.sampler import FlexIPSampler, noise_sampler, parse_gates
+from flexip_pack.nodes.sampler import FlexIPSampler, noise_sampler
 
 import nodes
 
@@ -168,17 +168,10 @@ def test_a_model_without_gate_names_the_node_to_add(model):
         run(model)
 
 
-@pytest.mark.parametrize(
-    "text, values", [("", ()), ("0, 0.25,1", (0, 0.25, 1)), (" .5;\n1 0 ", (0.5, 1, 0)), ("1e-1", (0.1,))]
-)
-def test_gates_are_read_from_text(text, values):
-    assert parse_gates(text) == values
-
-
 @pytest.mark.parametrize("text", ["a", "0, 1.5", "-0.1", "nan", "inf", "0.5x", "0,,b", ", ".join(["0.5"] * 65)])
-def test_gates_that_are_no_numbers_from_0_to_1_are_a_sentence(text):
+def test_gates_that_are_no_numbers_from_0_to_1_are_a_sentence(gated, text):
     with pytest.raises(ValueError, match="FlexIPSampler: g"):
-        parse_gates(text)
+        run(gated, gates=text)
 
 
 def test_our_noise_equals_what_the_sampler_makes_itself():

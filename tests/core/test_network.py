@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexip_core.adapters import ADAPTERS, FlexIPNetwork, PersonalizationAdapter, PreservationAdapter
-from flexip_core.attention import attention, decoupled_attention
+from flexip_core.attention import Branch, attention, decoupled_attention
 from flexip_core.config import ClipConfig, DinoConfig, FlexIPConfig, ResamplerConfig
 from flexip_core.resampler import Resampler
 
@@ -82,7 +82,7 @@ def test_attention_ignores_masked_tokens():
 
 def test_decoupled_attention_adds_each_branch():
     base, q, k, v = torch.randn(2, 4, 12), torch.randn(2, 4, 12), torch.randn(2, 5, 12), torch.randn(2, 5, 12)
-    got = decoupled_attention(base, q, ((k, v, None), (k * 2, v * 3, None)), 3)
+    got = decoupled_attention(base, q, (Branch(k, v), Branch(k * 2, v * 3)), 3)
     torch.testing.assert_close(got, base + naive_attention(q, k, v, 3) + naive_attention(q, k * 2, v * 3, 3))
 
 

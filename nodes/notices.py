@@ -1,0 +1,39 @@
+"""Where words about a run go: the log, the node in the page, and FlexIPSampler's report output."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from ..flexip_core.link import Link
+
+WARNING = "WARNING: "
+
+
+def publish(report: str, links: tuple[Link, ...], listener: Callable[[str], None] | None) -> None:
+    """To the log, to FlexIPSampler, and to the last Apply node of the chain; warnings stand out there."""
+    logging.log(logging.WARNING if WARNING in report else logging.INFO, "FlexIP\n%s", report)
+    if listener is not None:
+        listener(report)
+    send(report, links[-1].node_id)
+
+
+def warn(text: str, node_id: str | None) -> None:
+    logging.warning("FlexIP\n" + WARNING + "%s", text)
+    send(WARNING + text, node_id)
+
+
+def send(text: str, node_id: str | None) -> None:
+    """Onto a node of the page: as its progress text, and its warnings (web/js/warnings.js) as a badge and a notice."""
+    if node_id is None:
+        return
+    from server import PromptServer  # absent where ComfyUI is used as a library
+
+    if getattr(PromptServer, "instance", None) is None:
+        return
+    PromptServer.instance.send_progress_text(text, node_id)
+    warnings = [
+        part.removeprefix(WARNING) for part in text.replace("\n\n", ".\n").split(".\n") if part.startswith(WARNING)
+    ]
+    # sent without warnings, too: they take the last run's away
+    PromptServer.instance.send_sync("flexip.warnings", {"node": node_id, "warnings": warnings})
