@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .adapters import FlexIPNetwork
 from .config import FlexIPConfig
-from .weights import Header, read_header, read_tensors
+from .weights import Header, read_header, read_tensors, write_atomically
 
 FORMAT = "1"
 FORMAT_KEY = "flexip.format"
@@ -30,15 +30,10 @@ def is_flexip(header: Header) -> bool:
 
 def save_checkpoint(network: FlexIPNetwork, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
     """Written beside `path` first and moved into place, so that a file with the final name is always whole."""
-    path = Path(path)
     tensors = {key: value.detach().to(dtype=dtype).contiguous().cpu() for key, value in network.state_dict().items()}
     metadata = {FORMAT_KEY: FORMAT, CONFIG_KEY: json.dumps(network.cfg.to_dict(), sort_keys=True)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # through memory: safetensors' save_file makes files that only their owner can read
+    write_atomically(path, save(tensors, metadata=metadata))
 
 
 def load_checkpoint(path: str | os.PathLike, operations: Any = nn) -> FlexIPNetwork:

@@ -63,6 +63,25 @@ class FeatureNeed:
     width: int
     null: str = "zeros"
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; the encoder's "type" tells the two kinds of encoder apart."""
+        kind = next(name for name, cls in ENCODER_TYPES.items() if isinstance(self.encoder, cls))
+        data = dataclasses.asdict(self)
+        return {**data, "encoder": {"type": kind, **data["encoder"]}}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "need") -> FeatureNeed:
+        """Strict, like FlexIPConfig.from_dict."""
+        need = _build(cls, data, where)
+        encoder = dict(need.encoder)  # an object is all that _build has checked
+        kind = encoder.pop("type", None)
+        if kind not in list(ENCODER_TYPES):  # a list: what JSON holds need not be hashable
+            raise ValueError(f"{where}.encoder.type must be one of {', '.join(ENCODER_TYPES)}, got {kind!r}.")
+        return dataclasses.replace(need, encoder=_build(ENCODER_TYPES[kind], encoder, f"{where}.encoder"))
+
+
+ENCODER_TYPES = {"clip": ClipConfig, "dino": DinoConfig}
+
 
 @dataclass(frozen=True)
 class FlexIPConfig:

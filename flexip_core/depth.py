@@ -6,9 +6,10 @@ What an artist chose (BlockStrengths) is checked at once but meets a model only 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .adapters import ADAPTERS
@@ -43,15 +44,14 @@ class BlockStrengths:
         return {adapter: _resolve(getattr(self, adapter), levels, f"{NODE}: {adapter}") for adapter in ADAPTERS}
 
     def in_words(self, levels: Levels) -> str:
-        """One line per block of the model; one per transformer where those of a block differ."""
-        resolved = self.resolve(levels)
-        pairs = {address: tuple(resolved[adapter][address] for adapter in ADAPTERS) for address in levels}
+        """One line per adapter, "preservation: 1 in output.1; 0.5 in input.4, input.5; 0 elsewhere"."""
         lines = []
-        for block, addresses in _by_block(levels).items():
-            alike = len({pairs[address] for address in addresses}) == 1
-            for name, address in [(block, addresses[0])] if alike else zip(addresses, addresses):
-                strengths = ", ".join(f"{adapter} {s:g}" for adapter, s in zip(ADAPTERS, pairs[address]))
-                lines.append(f"{name} (level {levels[address]}): {strengths}")
+        for adapter, strengths in self.resolve(levels).items():
+            groups: dict[float, list[str]] = {}
+            for address, strength in strengths.items():
+                groups.setdefault(strength, []).append(address)
+            parts = [f"{s:g} in {_names(groups[s], levels)}" for s in sorted(groups, reverse=True) if s]
+            lines.append(f"{adapter}: {'; '.join(parts + ['0 elsewhere'] * (0.0 in groups))}")
         return ".\n".join(lines)  # full stops, because the page's new nodes show line breaks as spaces
 
 
@@ -117,8 +117,9 @@ def _by_list(entries: tuple[tuple[str, float], ...], levels: Levels, where: str)
         if not covered and name != "all":
             unknown.append(name)
     if unknown:
+        known = ", ".join(name for block, own in _by_block(levels).items() for name in _runs(block, own))
         raise ValueError(
-            f"{where} names {', '.join(dict.fromkeys(unknown))}, where this model has no cross-attention; its blocks are {_in_short(levels)}."
+            f"{where} names {', '.join(dict.fromkeys(unknown))}, where this model has no cross-attention; its blocks are {known}."
         )
     return strengths
 
@@ -186,14 +187,24 @@ def _block(address: str) -> str:
     return address.rpartition(".")[0]
 
 
-def _by_block(levels: Levels) -> dict[str, list[str]]:
+def _by_block(addresses: Iterable[str]) -> dict[str, list[str]]:
     blocks: dict[str, list[str]] = {}
-    for address in levels:
+    for address in addresses:
         blocks.setdefault(_block(address), []).append(address)
     return blocks
 
 
-def _in_short(levels: Levels) -> str:
-    """Every address, the transformers of one block together: "input.4.0-1"."""
-    numbers = {block: [address.rpartition(".")[2] for address in own] for block, own in _by_block(levels).items()}
-    return ", ".join(f"{block}.{n[0]}" + (f"-{n[-1]}" if len(n) > 1 else "") for block, n in numbers.items())
+def _names(addresses: list[str], levels: Levels) -> str:
+    """A block of which every address in `levels` is there by its own name, other transformers as "input.4.0-1"."""
+    if len(addresses) == len(levels):
+        return "every block"
+    whole, names = _by_block(levels), []
+    for block, own in _by_block(addresses).items():
+        names += [block] if own == whole[block] else _runs(block, own)
+    return ", ".join(names)
+
+
+def _runs(block: str, addresses: list[str]) -> list[str]:
+    numbers = [int(address.rpartition(".")[2]) for address in addresses]
+    runs = [list(run) for _, run in itertools.groupby(numbers, key=lambda n: n - numbers.index(n))]
+    return [f"{block}.{run[0]}" + (f"-{run[-1]}" if len(run) > 1 else "") for run in runs]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .config import ClipConfig, DinoConfig, FlexIPConfig, ResamplerConfig
-from .mini_checkpoints import block_widths, make_base, write_atomically
+from .mini_checkpoints import block_widths, make_base
+from .weights import write_atomically
 
 MINI_BASE = "flexip_mini_sd15.ckpt"
 MINI_FLEXIP = "flexip_mini.safetensors"

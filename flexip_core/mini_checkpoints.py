@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .weights import write_atomically
 
 BASE_CHANNELS = 320  # by this width ComfyUI tells SD1.5 and SDXL from other families
 TIME_CHANNELS = 4 * BASE_CHANNELS
@@ -89,17 +90,6 @@ def make_base(path: str | Path, layout: str = "sd15_min", seed: int = 0) -> None
     buffer = io.BytesIO()
     torch.save({"state_dict": weights.tensors}, buffer)
     write_atomically(path, buffer.getvalue())
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """The file is there whole or not at all."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _layout(name: str) -> Layout:

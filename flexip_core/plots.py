@@ -1,4 +1,4 @@
-"""Small line plots, drawn with PIL alone."""
+"""Small line plots, drawn with PIL alone. Its own font has Latin letters only, so write "gate", not a Greek letter."""
 
 from __future__ import annotations
 

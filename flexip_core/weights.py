@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import pickle
 import struct
 import warnings
@@ -63,7 +64,7 @@ def read_header(path: str | Path) -> Header:
     plain weight file.
     """
     path = Path(path)
-    if _is_safetensors(path):
+    if is_safetensors(path):
         return _safetensors_header(path)
     tensors = _unpickle(path)
     return Header(
@@ -79,7 +80,7 @@ def read_tensors(path: str | Path, keys: Iterable[str] | None = None) -> dict[st
     as `read_header` does, and if one of `keys` is missing.
     """
     path = Path(path)
-    if _is_safetensors(path):
+    if is_safetensors(path):
         wanted = _check_keys(path, _safetensors_header(path).shapes, keys)
         from safetensors import SafetensorError, safe_open
 
@@ -90,6 +91,17 @@ def read_tensors(path: str | Path, keys: Iterable[str] | None = None) -> dict[st
             raise _bad(path, f"is a damaged safetensors file ({_first_line(error)}); {_AGAIN}") from None
     tensors = _unpickle(path)
     return {key: tensors[key] for key in _check_keys(path, tensors, keys)}
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """The file is there whole or not at all."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def name_of(path: str | Path) -> str:
@@ -126,7 +138,7 @@ def _check_keys(path: Path, present: Iterable[str], keys: Iterable[str] | None) 
     return keys
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
     """True for safetensors, False for a torch.save file; everything else is refused here by what it starts with."""
     try:
         if path.is_dir():

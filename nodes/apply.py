@@ -10,7 +10,6 @@ from comfy_api.v0_0_2 import io
 from ..flexip_core import unet
 from ..flexip_core.config import FeatureNeed
 from ..flexip_core.depth import BlockStrengths
-from ..flexip_core.encoders import image_size
 from ..flexip_core.link import Link
 from ..flexip_core.reference import Reference, ReferenceSet
 from ..flexip_core.schedule import GateBatch, GateCurve
@@ -164,6 +163,9 @@ def check_reference(adapters: LoadedAdapters, reference: Reference | ReferenceSe
 
 
 def _in_words(needs: tuple[FeatureNeed, ...]) -> str:
+    """From the configs alone: one that came out of a file may name an encoder that nobody knows."""
     return ", ".join(
-        f"{need.name} from {need.encoder.model} {image_size(need.encoder)} px ({need.width} wide)" for need in needs
+        f"{need.name} from {need.encoder.model} {getattr(need.encoder, 'image_size', '')}".rstrip()
+        + f" ({need.width} wide)"
+        for need in needs
     )

@@ -79,7 +79,7 @@ def _choice(adapter: str, purpose: str) -> io.Combo.Input:
         adapter,
         options=[*depth.PRESETS, depth.LIST],
         default=depth.PRESETS[0],
-        tooltip=f"Where the {adapter} adapter ({purpose}) acts: all blocks, those of the composition or of the style, the coarse or the fine half; list reads {adapter}_list.",
+        tooltip=f"Where the {adapter} adapter ({purpose}) acts: all blocks, those of the composition or of the style, the coarse or the fine half. list: as written in {adapter}_list, an advanced input.",
     )
 
 

@@ -15,7 +15,12 @@ import flexip_pack
 import pytest
 
 SNAPSHOT = Path(__file__).with_name("schema_snapshot.json")
-FILE_LISTS = {"preservation", "personalization", "clip_vision", "dino"}
+FILE_LISTS = {  # what the user's folders hold; of their options only the words of our own are kept
+    "LoadFlexIPAdapters": {"preservation", "personalization", "clip_vision", "dino"},
+    "FlexIPScore": {"clip_vision", "dino"},
+    "FlexIPAutoGate": {"clip_vision", "dino"},
+    "FlexIPLoadReference": {"reference_file"},
+}
 CORE_LISTS = {"sampler_name", "scheduler"}  # core's to change
 BREAKS = "this breaks saved workflows"
 
@@ -30,8 +35,8 @@ def describe(node):
     inputs = []
     for i in schema.inputs:
         options = getattr(i, "options", None)
-        if i.id in FILE_LISTS:
-            options = [option for option in options or [] if option == "auto"] or None
+        if i.id in FILE_LISTS.get(schema.node_id, ()):
+            options = [option for option in options or [] if option in ("auto", "none")] or None
         elif i.id in CORE_LISTS:
             options = None
         inputs.append(

@@ -15,8 +15,8 @@ import torch
 from flexip_pack.flexip_core import unet
 from flexip_pack.flexip_core.adapters import FlexIPNetwork
 from flexip_pack.flexip_core.config import ClipConfig, DinoConfig, FlexIPConfig, ResamplerConfig
-from flexip_pack.flexip_core.reference import Reference
 from flexip_pack.flexip_core.link import Link
+from flexip_pack.flexip_core.reference import Reference
 from flexip_pack.nodes import runtime
 
 TEXT_WIDTH = 64

@@ -61,7 +61,7 @@ def test_keys_are_grouped_by_adapter_and_comfyui_block_address(path):
 
 def test_a_failed_save_leaves_the_old_file_and_no_part_of_the_new(network, path, monkeypatch):
     before = path.read_bytes()
-    monkeypatch.setattr("flexip_core.checkpoint.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("flexip_core.weights.os.replace", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError):
         save_checkpoint(network, path)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from flexip_core import mini, mini_checkpoints
+from flexip_core import mini, mini_checkpoints, weights
 from flexip_core.checkpoint import load_checkpoint
 
 
@@ -98,12 +98,12 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mini_checkpoints.write_atomically(tmp_path / "file", b"old")
+    weights.write_atomically(tmp_path / "file", b"old")
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(mini_checkpoints.os, "replace", fail)
+    monkeypatch.setattr(weights.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        mini_checkpoints.write_atomically(tmp_path / "file", b"new")
+        weights.write_atomically(tmp_path / "file", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]

@@ -1,0 +1,166 @@
+"""FlexIPSaveReference and FlexIPLoadReference: an encoded reference as a file in ComfyUI's output and input folders."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import folder_paths
+from comfy_api.v0_0_2 import io, ui
+
+from ..flexip_core.reference import Reference
+from ..flexip_core.reference_file import SUFFIX, load_reference, save_reference
+from . import notices
+from .encoders import named
+from .types import CATEGORY, FlexIPReference
+
+SAVE = "FlexIPSaveReference"
+LOAD = "FlexIPLoadReference"
+
+
+class FlexIPSaveReference(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=SAVE,
+            display_name="Save FlexIP Reference",
+            category=CATEGORY,
+            description="Saves an encoded reference as a file, to use or share a subject without its picture. The file is not anonymous: much of the picture can be reconstructed from it.",
+            search_aliases=["save reference", "save embeds", "ip-adapter save", "character", "export reference"],
+            inputs=[
+                FlexIPReference.Input(
+                    "reference",
+                    tooltip="From Encode Reference. References that are combined are saved one by one and combined after loading.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="flexip/reference",
+                    tooltip="Sub-folder and beginning of the name in ComfyUI's output folder; a number is added, nothing is overwritten. %year% and %month% work as in Save Image.",
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, reference: Reference, filename_prefix: str) -> io.NodeOutput:
+        if not isinstance(reference, Reference):
+            raise ValueError(
+                f"{SAVE}: expected one reference as it comes from Encode Reference, got a combination of references. "
+                "Save each of them, and combine them after loading."
+            )
+        try:
+            folder, subfolder, file = _new_file(filename_prefix)
+            path = os.path.join(folder, file)
+            with named(SAVE):
+                save_reference(reference, path)
+        except OSError as error:
+            raise RuntimeError(
+                f"{SAVE}: the reference could not be written to ComfyUI's output folder ({error.strerror or error}). Check its space and permissions."
+            ) from None
+        text = (
+            f"saved in the output folder as {_shown(os.path.join(subfolder, file))}: "
+            f"{reference.count} picture(s), {os.path.getsize(path) / 1e6:.1f} MB, {reference.encoders}"
+        )
+        notices.send(text, cls.hidden.unique_id if cls.hidden else None)
+        return io.NodeOutput(ui={"text": (text,), "files": [ui.SavedResult(file, subfolder, io.FolderType.output)]})
+
+
+class FlexIPLoadReference(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=LOAD,
+            display_name="Load FlexIP Reference",
+            category=CATEGORY,
+            description="Loads a reference that Save FlexIP Reference wrote. Neither the picture nor the image encoders are needed.",
+            search_aliases=["load reference", "load embeds", "ip-adapter load", "character", "import reference"],
+            inputs=[
+                io.Combo.Input(
+                    "reference_file",
+                    options=reference_names(),
+                    tooltip=f"Files whose names end with {SUFFIX}, in ComfyUI's input folder, or in the output folder (marked [output]).",
+                )
+            ],
+            outputs=[
+                FlexIPReference.Output(
+                    "reference",
+                    display_name="reference",
+                    tooltip="The encoded reference; wire it into Apply FlexIP Gate with adapters that read the same encoders.",
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, reference_file: str | None) -> bool | str:
+        """In place of the combo's own check, so that a file saved a moment ago is found."""
+        if reference_file is None:  # comes over a wire
+            return True
+        try:
+            reference_path(reference_file)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, reference_file: str | None) -> int | None:
+        return None if reference_file is None else os.stat(reference_path(reference_file)).st_mtime_ns
+
+    @classmethod
+    def execute(cls, reference_file: str) -> io.NodeOutput:
+        path = reference_path(reference_file)
+        with named(LOAD):
+            return io.NodeOutput(load_reference(path))
+
+
+def reference_names() -> list[str]:
+    """What the combo lists: names in the input folder as they are, in the output folder with ComfyUI's mark."""
+    output = [f"{name} [output]" for name in _files_in(folder_paths.get_output_directory())]
+    return [*_files_in(folder_paths.get_input_directory()), *output]
+
+
+def reference_path(name: Any) -> str:
+    """Full path for a name as the combo lists it; ValueError in one sentence for a missing file or one outside ComfyUI's folders."""
+    try:
+        path = folder_paths.get_annotated_filepath(str(name))
+    except ValueError:
+        raise ValueError(
+            f"{LOAD}: {name!r} lies outside ComfyUI's input and output folders. Copy the file into the input folder."
+        ) from None
+    if not os.path.isfile(path):
+        found = reference_names()
+        listed = ", ".join(found[:20]) + (f", and {len(found) - 20} more" if len(found) > 20 else "")
+        raise ValueError(
+            f"{LOAD}: there is no file {name!r}. Reference files in the input and output folders: {listed or 'none'}."
+        )
+    return path
+
+
+def _new_file(prefix: str) -> tuple[str, str, str]:
+    """Folder, sub-folder and a new name in ComfyUI's output folder, numbered as Save Image numbers."""
+    output = folder_paths.get_output_directory()
+    if not folder_paths.is_within_directory(output, os.path.join(output, os.path.dirname(os.path.normpath(prefix)))):
+        raise ValueError(
+            f"{SAVE}: filename_prefix {prefix!r} leads out of ComfyUI's output folder. Use a name or a sub-folder, like flexip/reference."
+        )
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
+    return folder, subfolder, f"{name}_{counter:05}_{SUFFIX}"
+
+
+def _files_in(folder: str) -> list[str]:
+    """Reference files under `folder`, sorted; walking past 50,000 pictures takes some 25 ms."""
+    paths = [
+        os.path.join(where, file)
+        for where, _, files in os.walk(folder)  # follows no links: what lies behind them could not be loaded
+        for file in files
+        if file.endswith(SUFFIX)
+    ]
+    return sorted(
+        _shown(os.path.relpath(path, folder)) for path in paths if folder_paths.is_within_directory(folder, path)
+    )
+
+
+def _shown(path: str) -> str:
+    """With the same separator on every system, so that a workflow can be shared."""
+    return path.replace(os.sep, "/")
