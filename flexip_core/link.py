@@ -13,7 +13,7 @@ from .reference import Reference, ReferenceSet
 from .schedule import GateBatch, GateCurve
 
 Gates = tuple[float, ...] | GateCurve | GateBatch
-"""γ: one number, one per row of the latent batch, along the sampling, or along the batch whatever its size."""
+"""γ: one number, one per row of the batch, along the sampling, or along the batch whatever its size."""
 View = tuple[tuple[int, ...], tuple[int, ...]]
 """The latent's rows and columns that a UNet call shows (the whole latent, an area, a tile, a context window)."""
 Branches = dict[tuple[int, str], tuple[Branch, ...]]
@@ -22,7 +22,7 @@ Branches = dict[tuple[int, str], tuple[Branch, ...]]
 
 class Row(NamedTuple):
     entry: int  # which conditioning of the run: an index into Run.entries
-    item: int  # which row of the latent batch
+    item: int  # which row of the batch
     view: View | None = None  # which part of the latent the call shows; None: unknown, or of no interest
 
 
@@ -55,7 +55,7 @@ class Link:
     mask: torch.Tensor | None = None  # factor of the strength
     gate_mask: torch.Tensor | None = None  # factor of the gate
     depth: Mapping[str, Mapping[str, float]] | None = None  # adapter -> block address -> factor of the strength
-    strengths: tuple[float, ...] = ()  # one per row of the latent batch, instead of `strength`
+    strengths: tuple[float, ...] = ()  # one per row of the batch, instead of `strength`
 
     @property
     def silent(self) -> bool:
@@ -98,7 +98,13 @@ class Setting:
     """What a run needs to know of the model and the latent."""
 
     batch: int = 1
+    copies: int = 1  # of a sweep: the batch holds the latents that many times over
     height: int = 0  # of the latent
     width: int = 0
     levels: Mapping[str, int] = field(default_factory=dict)  # block address -> how often its image is halved
     percent_of: Callable[[float], float] = lambda sigma: 0.0
+
+    @property
+    def latents(self) -> int:
+        """How many latents there are; all that goes along the batch starts again with every copy."""
+        return self.batch // self.copies

@@ -124,16 +124,21 @@ def as_set(reference: Reference | ReferenceSet) -> ReferenceSet:
 
 
 def combined(
-    mode: str, weights: Sequence[float], parts: Sequence[tuple[torch.Tensor, torch.Tensor]], items: Sequence[int]
+    mode: str,
+    weights: Sequence[float],
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    items: Sequence[int],
+    latents: Sequence[int],
 ) -> tuple[Branch, ...]:
-    """K, V (texts, n, c) of each reference -> those of the rows `items` of the latent batch, (len(items), n, c).
+    """K, V (texts, n, c) of each reference -> those of the rows `items` of the batch, (len(items), n, c).
 
-    One branch, for "one per region" one per reference. Weights that are strengths are not folded in: see `row_strengths`.
+    `latents` are the same rows counted within one copy of a sweep. One branch, for "one per region" one per reference. Weights that are strengths are not folded in: see `row_strengths`.
     """
     if mode == "one per region":
         return tuple(Branch(*_rows_of(part, items)) for part in parts)
     if mode == "one per batch item":
-        return (stack_rows([Branch(*_rows_of(parts[item % len(parts)], [item])) for item in items]),)
+        rows = [_rows_of(parts[latent % len(parts)], [item]) for item, latent in zip(items, latents)]
+        return (stack_rows([Branch(*row) for row in rows]),)
     kept = [(weight, part) for weight, part in zip(weights, parts) if weight > 0]
     rows = [_rows_of(part, items) for _, part in kept]
     if mode == "average":
@@ -147,13 +152,11 @@ def combined(
     return (Branch(k, v, torch.cat(bias).to(k).view(1, 1, 1, -1).expand(len(items), -1, -1, -1)),)
 
 
-def row_strengths(mode: str, weights: Sequence[float], items: Sequence[int], number: int) -> list[float]:
-    """Factor of the strength of each row in branch `number` of `combined`."""
+def row_strength(mode: str, weights: Sequence[float], latent: int, number: int) -> float:
+    """Factor of the strength of a row in branch `number` of `combined`."""
     if mode == "one per region":
-        return [weights[number]] * len(items)
-    if mode == "one per batch item":
-        return [weights[item % len(weights)] for item in items]
-    return [1.0] * len(items)
+        return weights[number]
+    return weights[latent % len(weights)] if mode == "one per batch item" else 1.0
 
 
 def _rows_of(pair: tuple[torch.Tensor, torch.Tensor], items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

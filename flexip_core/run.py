@@ -18,7 +18,7 @@ from .adapters import BlockKV
 from .attention import Branch
 from .gate import Place, gated_branches, stack_rows
 from .link import Branches, Call, Counters, Entry, Link, Own, Row, Setting
-from .reference import Reference, ReferenceSet, as_set, combined, row_strengths
+from .reference import Reference, ReferenceSet, as_set, combined, row_strength
 from .schedule import GateBatch, GateCurve
 
 LAYOUTS = 4  # assembled layouts kept per link: positive and negative, together or apart, in a window or two
@@ -38,7 +38,7 @@ class LinkRun:
         self.counters = Counters()
         self._stacked: dict[Call, dict[str, list[dict[str, Branch]]]] = {}
         self._places: dict[Call, list[dict[int, Place]]] = {}
-        self._assembled: dict[Call, tuple[tuple, Branches]] = {}
+        self._assembled: dict[Call, tuple[tuple[float, ...], Branches, str]] = {}
 
     def active_at(self, sigma: float | None) -> bool:
         return self.always or self.window[1] <= sigma <= self.window[0]
@@ -125,7 +125,7 @@ class LinkRun:
     def _numbers(self, gates: Any, sigma: float | None) -> tuple[float, ...]:
         if isinstance(gates, GateCurve):
             return (gates(self.setting.percent_of(sigma)),)
-        return gates.values_for(self.setting.batch) if isinstance(gates, GateBatch) else gates
+        return gates.values_for(self.setting.latents) if isinstance(gates, GateBatch) else gates
 
     def _row_gates(self, rows: tuple[Row, ...], sigma: float | None) -> tuple[float, ...]:
         own = [self._own(entry) for entry in self.entries]
@@ -141,7 +141,7 @@ class LinkRun:
                 out.append(0.0)
                 continue
             strengths = self.link.strengths or (self.link.strength,)
-            factor = row_strengths(references.combine, references.weights, [row.item], number)[0]
+            factor = row_strength(references.combine, references.weights, row.item % self.setting.latents, number)
             out.append(strengths[row.item % len(strengths)] * factor * (own.strength if own else 1.0))
         return tuple(out)
 
@@ -149,14 +149,15 @@ class LinkRun:
         references = self._set(number)
         return len(references.references) if references.combine == "one per region" else 1
 
-    def branches(self, call: Call, sigma: float | None) -> Branches:
-        """{(position, address): branches} for one UNet call; the last few layouts are kept on the device."""
+    def branches(self, call: Call, sigma: float | None) -> tuple[Branches, str]:
+        """{(position, address): branches} for one UNet call and the name of their structure; the last few layouts are kept on the device."""
         gates = self._row_gates(call.rows, sigma)
         kept = self._assembled.get(call)
         if kept is None or kept[0] != gates:
             _make_room(self._assembled, call)
-            self._assembled[call] = gates, self._assemble(call, gates)
-        return self._assembled[call][1]
+            branches = self._assemble(call, gates)
+            self._assembled[call] = gates, branches, _structure(self, branches)
+        return self._assembled[call][1:]
 
     def _assemble(self, call: Call, gates: tuple[float, ...]) -> Branches:
         network, depth = self.link.network, self.link.depth
@@ -210,7 +211,8 @@ class LinkRun:
             for entry, items in groups:
                 pairs = [tuple(t.to(call.device, call.dtype) for t in kv[name][address]) for kv in self.kv[entry]]
                 references = self._set(entry)
-                found = combined(references.combine, references.weights, pairs, items)
+                latents = [item % self.setting.latents for item in items]
+                found = combined(references.combine, references.weights, pairs, items, latents)
                 nothing = Branch(*(torch.zeros_like(t[:1, :1]).expand(len(items), -1, -1) for t in pairs[0]))
                 parts.append([*found, *[nothing] * (counts - len(found))])
             for number in range(counts):
@@ -241,8 +243,8 @@ class LinkRun:
         if masks is None:
             return None
         whole = space.on_latent(masks, self.setting.height, self.setting.width)
-        items, views = [row.item for row in call.rows], [row.view for row in call.rows]
-        return space.for_rows(whole, items, views, call.height, call.width)
+        latents = [row.item % self.setting.latents for row in call.rows]
+        return space.for_rows(whole, latents, [row.view for row in call.rows], call.height, call.width)
 
     def _regions(self, call: Call, number: int) -> torch.Tensor | None:
         """(rows, h, w) of the masks of "one per region"; 1 in rows whose conditioning has none."""
@@ -321,8 +323,9 @@ class Run:
                 continue
             run.counters.active += 1
             run.counters.tiles += run.has_masks and _is_unknown_tile(call, run.setting)
-            tensors.update(run.branches(call, sigma))
-            names.append(_structure(run, tensors))
+            branches, name = run.branches(call, sigma)
+            tensors.update(branches)
+            names.append(name)
         return tensors, f"flexip_{self.neighbours}_" + "_".join(names) if names else ""
 
 
@@ -331,25 +334,23 @@ def _is_unknown_tile(call: Call, setting: Setting) -> bool:
     return not whole and any(row.view is None for row in call.rows)
 
 
-def _structure(run: LinkRun, tensors: Branches) -> str:
-    """What torch.compile must notice: tokens per branch, masks, maps, blocks, gate mode, place in the chain."""
-    blocks = [address for address in run.link.network.block_widths if (run.position, address) in tensors]
-    shapes = [
-        "".join(
-            (
-                str(branch.k.shape[1]),
-                "" if branch.mask is None else "m" if branch.mask.dtype == torch.bool else "b",
-                "" if branch.place is None else f"p{min(branch.place.shape[0], 2)}",
-                "" if branch.place_gate is None else f"g{min(branch.place_gate.shape[0], 2)}",
-            )
-        )
-        for branch in (tensors[run.position, blocks[0]] if blocks else ())
+def _structure(run: LinkRun, branches: Branches) -> str:
+    """What torch.compile must notice: place in the chain, gate mode, and in each block tokens per branch, masks and maps."""
+    shapes = {address: "_".join(map(_shape, parts)) for (_, address), parts in branches.items()}
+    distinct = set(shapes.values())
+    if len(distinct) == 1 and len(shapes) == len(run.link.network.block_widths):
+        blocks = distinct.pop()
+    else:
+        blocks = hashlib.blake2b(repr(shapes).encode(), digest_size=8).hexdigest()
+    return f"{run.position}{run.link.network.gate_mode[0]}{len(shapes)}_{blocks}"
+
+
+def _shape(branch: Branch) -> str:
+    mask = "" if branch.mask is None else "m" if branch.mask.dtype == torch.bool else "b"
+    maps = [
+        "" if t is None else f"{name}{min(len(t), 2)}" for name, t in (("p", branch.place), ("g", branch.place_gate))
     ]
-    name = f"{run.position}{run.link.network.gate_mode[0]}{len(blocks)}_{'_'.join(shapes)}"
-    if run.link.depth is not None:  # which blocks, and which of the adapters in each
-        present = repr([(address, len(tensors[run.position, address])) for address in blocks])
-        name += "_" + hashlib.blake2b(present.encode(), digest_size=4).hexdigest()
-    return name
+    return f"{branch.k.shape[1]}{mask}{''.join(maps)}"
 
 
 def _project(

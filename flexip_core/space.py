@@ -27,10 +27,11 @@ def as_masks(mask: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def on_latent(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(m, any, any) -> (m, height, width): the mean over a latent cell's pixels, so that what is 0 (or 1) all over it stays so."""
-    smaller = masks.shape[1] < height or masks.shape[2] < width
-    mode = "bilinear" if smaller else "area"
-    return F.interpolate(masks.unsqueeze(1), size=(height, width), mode=mode).squeeze(1)
+    """(m, any, any) -> (m, height, width): the mean over the pixels that a latent cell touches.
+
+    So a cell is exactly 0 (or 1) where the mask is that all over it, also where a mask is smaller than the latent.
+    """
+    return F.interpolate(masks.unsqueeze(1), size=(height, width), mode="area").squeeze(1)
 
 
 def for_rows(

@@ -30,6 +30,8 @@ KEY = "flexip"
 LINKS = "flexip_links"
 RUN = "flexip_run"
 LISTENER = "flexip_listener"  # a callable that receives the report's text
+COPIES = "flexip_copies"  # of a sweep: how often the batch holds the latents
+PRIVATE = (RUN, LINKS, LISTENER, COPIES, KEY)
 NULL_ROLES = {"negative", "empty_negative_prompt"}
 
 
@@ -92,7 +94,7 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         notices.publish("strength 0: FlexIP does nothing.", links, options.get(LISTENER))
         return result
     started = time.perf_counter()
-    run = _start(guider, links, latent=args[0])
+    run = _start(guider, links, latent=args[0], copies=options.get(COPIES, 1))
     options[RUN] = run
     try:
         result = executor(*args, **kwargs)
@@ -103,7 +105,7 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _start(guider: Any, links: tuple[Link, ...], latent: torch.Tensor) -> Run:
+def _start(guider: Any, links: tuple[Link, ...], latent: torch.Tensor, copies: int) -> Run:
     model = guider.model_patcher
     sampling = model.get_model_object("model_sampling")
     batch, (height, width) = latent.shape[0], latent.shape[-2:]
@@ -116,7 +118,7 @@ def _start(guider: Any, links: tuple[Link, ...], latent: torch.Tensor) -> Run:
     percent_of = functools.cache(
         lambda: PercentOfSigma(sampling.percent_to_sigma)
     )  # a table that only a schedule needs
-    setting = Setting(batch, height, width, levels, lambda sigma: percent_of()(sigma))
+    setting = Setting(batch, copies, height, width, levels, lambda sigma: percent_of()(sigma))
     runs = [
         LinkRun(
             link,
@@ -199,7 +201,7 @@ def apply_model(
     run: Run | None = transformer_options.get(RUN)
     tag, view = kwargs.pop(tags.TAG, None), kwargs.pop(tags.VIEW, None)
     # everything that is not a tensor stays out of the region that torch.compile sees
-    options = {key: value for key, value in transformer_options.items() if key not in (RUN, LINKS, LISTENER, KEY)}
+    options = {key: value for key, value in transformer_options.items() if key not in PRIVATE}
     if run is not None and c_crossattn is not None:
         dtype = executor.class_obj.get_dtype_inference()
         height, width = x.shape[-2:]

@@ -221,6 +221,8 @@ def sample(
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     sampler = comfy.samplers.sampler_object(sampler_name)
     if copies > 1:
+        model = model.clone()
+        model.model_options["transformer_options"][runtime.COPIES] = copies
         latent = repeat_latent({**latent, "samples": samples}, copies)
         samples, noise = latent["samples"], torch.cat([noise] * copies)
         sampler = shared_noise(sampler, sampler_name, copies)

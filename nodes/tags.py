@@ -24,12 +24,13 @@ def tag(entry: int, batch: int) -> comfy.conds.CONDRegular:
 
 
 def view(height: int, width: int) -> comfy.conds.CONDNoiseShape:
-    """(1, 2, height, width): row and column of every latent cell.
+    """(1, 2, height, width, 1): row and column of every latent cell.
 
-    Has the latent's own size, so that whatever cuts the latent (areas, context windows over height or width, tiles) cuts it alike.
+    Laid out like the latent, so that whatever cuts the latent (areas, context windows over height or width) cuts it alike. The last
+    dimension keeps TiledDiffusion's hands off, which breaks on a four-dimensional conditioning of the latent's own size.
     """
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return comfy.conds.CONDNoiseShape(torch.stack([rows, columns]).unsqueeze(0))
+    return comfy.conds.CONDNoiseShape(torch.stack([rows, columns])[None, ..., None])
 
 
 def read(
@@ -41,27 +42,36 @@ def read(
         raise RuntimeError(
             f"FlexIP: a model call of {count} rows came with tags for {len(numbers)}; another node resized the batch without its conditionings."
         )
-    seen = _views(views, count, height, width) if views is not None else [None] * count
-    if views is not None and seen[0] is None:
-        seen = published(options, count)
+    seen: list[View | None] = [None] * count
+    if views is not None and len(views) == count:
+        seen = _of_tiles(options, [_whole(row) for row in views])
+        seen = [part if part and tuple(map(len, part)) == (height, width) else None for part in seen]
     return tuple(Row(*divmod(int(number), ROWS), part) for number, part in zip(numbers, seen))
 
 
-def _views(views: torch.Tensor, count: int, height: int, width: int) -> list[View | None]:
-    """Which rows and columns of the latent each row shows; None where the map was not cut along with the latent."""
-    if views.shape[0] != count or views.shape[-2:] != (height, width):
-        return [None] * count
-    rows, columns = views[:, 0, :, 0].tolist(), views[:, 1, 0, :].tolist()
-    return [(tuple(map(int, r)), tuple(map(int, c))) for r, c in zip(rows, columns)]
+def _whole(view: torch.Tensor) -> View:
+    return tuple(view[0, :, 0, 0].tolist()), tuple(view[1, 0, :, 0].tolist())
 
 
-def published(options: dict[str, Any], count: int) -> list[View | None]:
-    """The parts that a tiling pack notes in transformer_options, tile after tile; toyxyz' TiledDiffusion does, in latent cells."""
+def _of_tiles(options: dict[str, Any], views: list[View]) -> list[View]:
+    """The parts of `views` that a tiling pack shows, if it notes them: toyxyz' TiledDiffusion does, tile after tile, in latent cells.
+
+    Boxes count within what the pack was given, after it was rolled by the shift (SpotDiffusion rolls one axis where both are named).
+    """
     boxes = options.get("tiled_diffusion_bboxes")
-    if not boxes or count % len(boxes):
-        return [None] * count
-    return [
-        (tuple(range(box.y, box.y + box.h)), tuple(range(box.x, box.x + box.w)))
-        for box in boxes
-        for _ in range(count // len(boxes))
-    ]
+    if not boxes or len(views) % len(boxes):
+        return views
+    down, right = options.get("tiled_diffusion_shift") or (0, 0)
+    if down and right:
+        down, right = (down, 0) if options.get("tiled_diffusion_shift_condition") else (0, right)
+    out = []
+    for number, (rows, columns) in enumerate(views):
+        box = boxes[number // (len(views) // len(boxes))]
+        out.append((_rolled(rows, down)[box.y : box.y + box.h], _rolled(columns, right)[box.x : box.x + box.w]))
+    return out
+
+
+def _rolled(indices: tuple[int, ...], shift: int) -> tuple[int, ...]:
+    """As torch.roll does it."""
+    shift %= len(indices)
+    return indices[-shift:] + indices[:-shift] if shift else indices

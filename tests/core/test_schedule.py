@@ -22,8 +22,8 @@ part = st.floats(0, 1)
 
 @st.composite
 def curves(draw):
-    percents = sorted(draw(st.sets(part, min_size=1, max_size=8)))
-    return GateCurve(tuple((percent, draw(part)) for percent in percents), "drawn")
+    millionths = sorted(draw(st.sets(st.integers(0, 10**6), min_size=1, max_size=8)))
+    return GateCurve(tuple((number / 10**6, draw(part)) for number in millionths), "drawn")
 
 
 @given(curves())
