@@ -46,18 +46,21 @@ class EncoderFile:
 
 # --- names: what a layout's keys become in the tower's own layout, applied from top to bottom ---
 
-_CLIP_FROM_TRANSFORMERS = (
-    (r"^embeddings\.class_embedding$", "class_embedding"),
-    (r"^embeddings\.patch_embedding\.", "conv1."),
-    (r"^embeddings\.position_embedding\.weight$", "positional_embedding"),
-    (r"^pre_layrnorm\.", "ln_pre."),  # transformers' own spelling
-    (r"^post_layernorm\.", "ln_post."),
+CLIP_BLOCKS_FROM_TRANSFORMERS = (  # of either tower
     (r"^encoder\.layers\.", "transformer.resblocks."),
     (r"\.layer_norm([12])\.", r".ln_\1."),
     (r"\.self_attn\.([qkv])_proj\.(weight|bias)$", r".attn.in_proj_\2|\1"),
     (r"\.self_attn\.", ".attn."),
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+)
+_CLIP_FROM_TRANSFORMERS = (
+    (r"^embeddings\.class_embedding$", "class_embedding"),
+    (r"^embeddings\.patch_embedding\.", "conv1."),
+    (r"^embeddings\.position_embedding\.weight$", "positional_embedding"),
+    (r"^pre_layrnorm\.", "ln_pre."),  # transformers' own spelling
+    (r"^post_layernorm\.", "ln_post."),
+    *CLIP_BLOCKS_FROM_TRANSFORMERS,
 )
 _DINO_FROM_TRANSFORMERS = (
     (r"^embeddings\.cls_token$", "cls_token"),
@@ -73,6 +76,13 @@ _DINO_FROM_TRANSFORMERS = (
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"\.mlp\.weights_in\.", ".mlp.fc1."),
     (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+)
+_VIT_FROM_TRANSFORMERS = (  # ViTModel, in which DINO v1 is published there
+    *_DINO_FROM_TRANSFORMERS,
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
 )
 _DINO_FROM_META = (
     # Blocks saved in chunks: blocks.CHUNK.N, N counting through (facebookresearch/dinov2, models/vision_transformer.py)
@@ -109,9 +119,23 @@ _SIGNS = (
     ("dino", "meta", ("cls_token", "mask_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.0.norm1.weight")),
     ("dino", "timm", ("patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight")),
 )
+# No adapter reads such a ViT, so only who asks for it by `identify_vit` gets it.
+_VIT_SIGNS = (
+    (
+        "dino",
+        "transformers vit",
+        (
+            "embeddings.cls_token",
+            "embeddings.patch_embeddings.projection.weight",
+            "embeddings.position_embeddings",
+            "encoder.layer.0.layernorm_before.weight",
+        ),
+    ),
+)
 _RULES = {
     ("clip", "transformers"): _CLIP_FROM_TRANSFORMERS,
     ("dino", "transformers"): _DINO_FROM_TRANSFORMERS,
+    ("dino", "transformers vit"): _VIT_FROM_TRANSFORMERS,
     ("dino", "meta"): _DINO_FROM_META,
 }
 # Not part of a tower: transformers' position counter, what only DINO's training uses, a classifier.
@@ -124,8 +148,17 @@ def identify(header: Header | Mapping[str, Shape]) -> EncoderFile | None:
     If a training checkpoint holds several towers, the teacher's is taken (it is the one that DINO publishes), else
     the one with the shortest prefix.
     """
+    return _identify(header, _SIGNS)
+
+
+def identify_vit(header: Header | Mapping[str, Shape]) -> EncoderFile | None:
+    """As `identify`, but for the plain vision transformers of transformers (ViTModel), which only scores use."""
+    return _identify(header, _VIT_SIGNS)
+
+
+def _identify(header: Header | Mapping[str, Shape], table: tuple) -> EncoderFile | None:
     shapes = header.shapes if isinstance(header, Header) else header
-    for kind, layout, signs in _SIGNS:
+    for kind, layout, signs in table:
         prefixes = [key[: -len(signs[0])] for key in shapes if key.endswith(signs[0])]
         prefixes = [p for p in prefixes if p[-1:] in ("", ".") and all(p + sign in shapes for sign in signs)]
         for prefix in sorted(prefixes, key=lambda p: ("teacher" not in p, len(p), p)):
@@ -139,7 +172,12 @@ def identify(header: Header | Mapping[str, Shape]) -> EncoderFile | None:
 
 def tower_keys(keys: Iterable[str], file: EncoderFile) -> list[str]:
     """The keys of a file that belong to the recognised tower, so that a text tower need not be read."""
-    return [key for sources in _sources(keys, file.shape.kind, file.layout, file.prefix).values() for key in sources]
+    return [key for sources in tower_sources(keys, file).values() for key in sources]
+
+
+def tower_sources(keys: Iterable[str], file: EncoderFile) -> dict[str, list[str]]:
+    """The tower's key -> the file's keys that make it: one, or those of q, k and v in this order."""
+    return _sources(keys, file.shape.kind, file.layout, file.prefix)
 
 
 def to_tower_layout(tensors: Mapping[str, torch.Tensor], file: EncoderFile) -> dict[str, torch.Tensor]:
@@ -148,7 +186,7 @@ def to_tower_layout(tensors: Mapping[str, torch.Tensor], file: EncoderFile) -> d
     Tensors are shared with `tensors` except fused q, k and v. DINO positions keep the file's number.
     """
     kind, result = file.shape.kind, {}
-    for name, sources in _sources(tensors, kind, file.layout, file.prefix).items():
+    for name, sources in tower_sources(tensors, file).items():
         parts = [tensors[key] for key in sources]
         result[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     if kind == "clip" and file.layout == "transformers" and "proj" in result:
@@ -162,21 +200,25 @@ def to_tower_layout(tensors: Mapping[str, torch.Tensor], file: EncoderFile) -> d
 
 def _sources(keys: Iterable[str], kind: str, layout: str, prefix: str) -> dict[str, list[str]]:
     """Tower key -> the file's keys that make it: one, or the three of q, k and v in this order."""
-    rules = _RULES.get((kind, layout), ())
-    found: dict[str, list[tuple[str, str]]] = {}
+    own = [key for key in keys if key.startswith(prefix) and not _DROPPED.search(key[len(prefix) :])]
+    found = renamed(own, prefix, _RULES.get((kind, layout), ()))
+    if kind == "clip" and layout == "transformers":
+        projection = prefix.removesuffix("vision_model.") + "visual_projection.weight"
+        found.pop("visual_projection.weight", None)  # a prefix of "" has it among the tower's own keys
+        if projection in set(keys):
+            found["proj"] = [projection]
+    return found
+
+
+def renamed(keys: Iterable[str], prefix: str, rules: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """New name -> the keys (which begin with `prefix`) that make it: one, or the three of q, k and v in this order."""
+    found: dict[str, list[tuple[int, str]]] = {}
     for key in keys:
-        if not key.startswith(prefix) or _DROPPED.search(key[len(prefix) :]):
-            continue
         name = key[len(prefix) :]
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         name, _, part = name.partition("|")
         found.setdefault(name, []).append(("qkv".find(part), key))
-    if kind == "clip" and layout == "transformers":
-        projection = prefix.removesuffix("vision_model.") + "visual_projection.weight"
-        found.pop("visual_projection.weight", None)  # a prefix of "" has it among the tower's own keys
-        if projection in set(keys):
-            found["proj"] = [(0, projection)]
     return {name: [key for _, key in sorted(parts)] for name, parts in found.items()}
 
 

@@ -95,6 +95,10 @@ class DinoTower(nn.Module):
         tokens = self.model.forward_features(pixels.to(_reference(self.model)))
         return tokens[:, self.model.num_prefix_tokens :]
 
+    def cls(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (b, 3, s, s) -> normed [CLS] (b, width)."""
+        return self.model.forward_features(pixels.to(_reference(self.model)))[:, 0]
+
 
 def _reference(model: nn.Module) -> Tensor:
     """A parameter whose device and dtype the pixels must share."""
@@ -190,13 +194,15 @@ def describe_model(cfg: ClipConfig | DinoConfig) -> str:
     return describe(wanted_shape(cfg))
 
 
-def check_fits(name: str, shapes: Mapping[str, tuple[int, ...]], cfg: ClipConfig | DinoConfig) -> EncoderFile:
+def check_fits(
+    name: str, shapes: Mapping[str, tuple[int, ...]], cfg: ClipConfig | DinoConfig, need: str | None = None
+) -> EncoderFile:
     """Recognises a file or state dict by its shapes; ValueError, naming it `name`, unless it fills the tower of `cfg`.
 
-    DINO positions may differ in number, because they are resampled.
+    DINO positions may differ in number, because they are resampled. `need` ends the message if it is not for adapters.
     """
     wanted, file = _blueprint(cfg), encoder_files.identify(shapes)
-    need = f"these adapters need {describe(wanted.shape)}; choose the file for {cfg.model}"
+    need = need or f"these adapters need {describe(wanted.shape)}; choose the file for {cfg.model}"
     if file is None:
         raise ValueError(f"{name} is no image encoder that FlexIP knows, but {need}.")
     found = file.shape

@@ -6,11 +6,16 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from . import files
 from .apply import ApplyFlexIPGate
+from .auto_gate import FlexIPAutoGate
 from .combine import FlexIPCombineReferences
+from .depth import FlexIPBlocks
 from .encode import EncodeReference
 from .load import LoadFlexIPAdapters
 from .own import FlexIPConditioning
+from .reference_files import FlexIPLoadReference, FlexIPSaveReference
 from .sampler import FlexIPSampler
+from .schedule import FlexIPGateBatch, FlexIPGateSchedule
+from .score import FlexIPScore
 
 files.register_folders()
 
@@ -22,8 +27,15 @@ class FlexIPExtension(ComfyExtension):
             EncodeReference,
             ApplyFlexIPGate,
             FlexIPSampler,
+            FlexIPGateSchedule,
+            FlexIPGateBatch,
+            FlexIPBlocks,
             FlexIPCombineReferences,
             FlexIPConditioning,
+            FlexIPSaveReference,
+            FlexIPLoadReference,
+            FlexIPScore,
+            FlexIPAutoGate,
         ]
 
 

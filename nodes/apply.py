@@ -8,7 +8,7 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ..flexip_core import unet
-from ..flexip_core.config import FeatureNeed
+from ..flexip_core.config import DinoConfig, FeatureNeed
 from ..flexip_core.depth import BlockStrengths
 from ..flexip_core.link import Link
 from ..flexip_core.reference import Reference, ReferenceSet
@@ -164,8 +164,8 @@ def check_reference(adapters: LoadedAdapters, reference: Reference | ReferenceSe
 
 def _in_words(needs: tuple[FeatureNeed, ...]) -> str:
     """From the configs alone: one that came out of a file may name an encoder that nobody knows."""
-    return ", ".join(
-        f"{need.name} from {need.encoder.model} {getattr(need.encoder, 'image_size', '')}".rstrip()
-        + f" ({need.width} wide)"
-        for need in needs
-    )
+
+    def size(need: FeatureNeed) -> str:
+        return f" {need.encoder.image_size} px" if isinstance(need.encoder, DinoConfig) else ""
+
+    return ", ".join(f"{need.name} from {need.encoder.model}{size(need)} ({need.width} wide)" for need in needs)

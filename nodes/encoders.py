@@ -122,7 +122,7 @@ def _patcher(cfg: ClipConfig | DinoConfig, path: str) -> comfy.model_patcher.Mod
     patcher = _loaded.get(key)
     if patcher is None:
         with named(NODE):
-            patcher = _loaded[key] = _wrap(encoders.load_tower(cfg, path, _dtype()))
+            patcher = _loaded[key] = wrap(encoders.load_tower(cfg, path, _dtype()))
     return patcher
 
 
@@ -130,7 +130,8 @@ def _dtype() -> torch.dtype:
     return torch.float16 if mm.should_use_fp16(mm.text_encoder_device()) else torch.float32
 
 
-def _wrap(tower: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
+def wrap(tower: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """Whole or not at all: towers are loaded with `force_full_load`. ComfyUI refers to patchers weakly, so hold the result."""
     return comfy.model_patcher.ModelPatcher(
         tower, load_device=mm.text_encoder_device(), offload_device=mm.text_encoder_offload_device()
     )
@@ -144,7 +145,7 @@ def _core_runner(need: FeatureNeed, clip_vision: Any, pictures: torch.Tensor) ->
     """A loaded core CLIP_VISION: run as it is at its own size, else its weights in our tower (the shared object stays as it is)."""
     if clip_vision.image_size != encoders.image_size(need.encoder):
         # lives for this one run of the node
-        patcher = _wrap(encoders.load_tower(need.encoder, clip_vision.get_sd(), _dtype()))
+        patcher = wrap(encoders.load_tower(need.encoder, clip_vision.get_sd(), _dtype()))
         mm.load_models_gpu([patcher], memory_required=_memory(pictures), force_full_load=True)
         return patcher, _tower_runner(need, patcher.model)
     mm.load_model_gpu(clip_vision.patcher)

@@ -16,7 +16,7 @@ from .types import CATEGORY, FlexIPGate, FlexIPReference
 
 NODE = "FlexIPConditioning"
 OWN = "flexip"  # key in the conditioning's dict
-REMINDER = "flexip_reminder"  # key in its model_conds
+REMINDER = "flexip_conditioning_without_apply_flexip_gate"  # key in its model_conds; a model that takes no extra arguments shows it
 
 
 @dataclass(frozen=True, eq=False)
