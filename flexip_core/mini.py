@@ -59,7 +59,8 @@ def make_mini_base(path: str | Path, seed: int = 0) -> None:
 
 def make_mini_encoders(folder: str | Path, seed: int = 0) -> None:
     """A CLIP as open_clip saves it and a DINOv2 as timm saves it."""
-    _save(Path(folder) / MINI_CLIP_FILE, {f"visual.{name}": value for name, value in _clip(seed).items()})
+    image = {f"visual.{name}": value for name, value in _clip(seed).items()}
+    _save(Path(folder) / MINI_CLIP_FILE, {**image, **_clip_text(seed)})
     _save(Path(folder) / MINI_DINO_FILE, _dino(seed))
 
 
@@ -79,6 +80,17 @@ def _clip(seed: int) -> dict[str, Tensor]:
 
     with _seeded(seed):
         return _build_vision_tower(MINI_CLIP.width, MINI_CLIP.vision_cfg).state_dict()
+
+
+def _clip_text(seed: int) -> dict[str, Tensor]:
+    """A text tower beside it, so that CLIP-T can be scored. In half precision: the vocabulary alone is 49408 words."""
+    from .text_tower import TextShape, build_text_tower
+
+    with _seeded(seed):
+        tower = build_text_tower(
+            TextShape(width=64, depth=1, mlp=64, context=77, out=MINI_CLIP.width), quick_gelu=False
+        )
+        return {name: value.half() for name, value in tower.state_dict().items() if name != "attn_mask"}
 
 
 def _dino(seed: int) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ def load_text_tower(
     """
     shape = file.shape
     with torch.device("meta"):
-        model = _build(shape, quick_gelu)
+        model = build_text_tower(shape, quick_gelu)
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if wanted.keys() != file.sources.keys():
         odd = sorted(wanted.keys() ^ file.sources.keys())
@@ -147,7 +147,7 @@ def load_text_tower(
     return TextTower(model).eval().requires_grad_(False)
 
 
-def _build(shape: TextShape, quick_gelu: bool) -> nn.Module:
+def build_text_tower(shape: TextShape, quick_gelu: bool) -> nn.Module:
     from open_clip.model import _build_text_tower  # slow to import; create_model cannot build on the meta device
 
     cfg = {

@@ -9,6 +9,8 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from counters import peak_megabytes, per_call
+from flexip_pack.flexip_core.adapters import ADAPTERS
+from flexip_pack.flexip_core.schedule import GateCurve
 from models import Bench, Link, Reference, runtime
 
 BLOCKS = 16
@@ -96,3 +98,27 @@ def test_peak_memory_is_the_bare_runs_plus_k_and_v(mode):
     k_and_v = rows * 2 * 97 * sum(bench.widths.values()) * 4 / 1e6
     assert 0.9 * k_and_v < gated - bare < 1.1 * k_and_v
     assert bare > 2 * k_and_v, "the bare run must be large enough for the comparison to mean something"
+
+
+def test_a_schedule_costs_two_more_operations_per_block_and_one_read_per_call(bench, bare):
+    extra = cost(bench, "outputs", GateCurve(((0.0, 0.9), (1.0, 0.2)), "linear")) - bare
+    assert (
+        extra.operations <= 6 * BLOCKS + PER_CALL + 2
+    )  # V rescaled for both adapters; the sigma read and stepped over
+    assert extra.syncs == 1 and extra.matmuls == 0
+
+
+@pytest.mark.parametrize("mode, most", [("tokens", 3), ("outputs", 6)])
+def test_a_mask_costs_one_more_multiplication_per_branch(bench, bare, mode, most):
+    extra = cost(bench, mode, mask=torch.rand(1, 64, 64)) - bare
+    assert extra.operations <= most * BLOCKS + PER_CALL + 1  # and the map of rows and columns
+    assert extra.syncs == 0 and extra.matmuls == 0
+
+
+def test_a_block_without_strength_costs_nothing(bench, bare):
+    one = cost(bench, "outputs") - bare
+    blocks = bench.network("outputs")[0].block_widths
+    depth = {name: {address: float(address.startswith("output")) for address in blocks} for name in ADAPTERS}
+    extra = cost(bench, "outputs", depth=depth) - bare
+    acting = sum(address.startswith("output") for address in blocks)
+    assert extra.operations - PER_CALL == (one.operations - PER_CALL) * acting // BLOCKS
