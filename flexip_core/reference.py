@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -65,8 +66,9 @@ class Reference:
     def count(self) -> int:
         return next(iter(self.features.values())).shape[0]
 
+    @functools.cached_property
     def pictures(self) -> tuple[Reference, ...]:
-        """One reference per picture."""
+        """One reference per picture, always the same ones: their projections are kept with them."""
         if self.count == 1:
             return (self,)
         return tuple(

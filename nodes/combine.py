@@ -124,6 +124,6 @@ def combine_references(
             f"masks are only used by one per region, but combine is {combine}. Take the wire off, or change combine."
         )
     if combine in SPLIT:
-        pairs = [(picture, weight) for part, weight in zip(parts, weights) for picture in part.pictures()]
+        pairs = [(picture, weight) for part, weight in zip(parts, weights) for picture in part.pictures]
         parts, weights = [picture for picture, _ in pairs], tuple(weight for _, weight in pairs)
     return ReferenceSet(tuple(parts), tuple(weights), combine, masks, negative)

@@ -7,7 +7,7 @@ How the tags travel is in tags.py.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import logging
 import time
 from typing import Any
@@ -22,7 +22,7 @@ from ..flexip_core.attention import GatedAttention
 from ..flexip_core.link import Call, Entry, Link, Own, Setting
 from ..flexip_core.reference import as_set
 from ..flexip_core.run import LinkRun, Run
-from ..flexip_core.schedule import PercentOfSigma
+from ..flexip_core.schedule import GateCurve, PercentOfSigma
 from . import notices, report, tags
 from .own import OWN, OwnReference, without_reminders
 
@@ -115,10 +115,12 @@ def _start(guider: Any, links: tuple[Link, ...], latent: torch.Tensor, copies: i
                 f"ApplyFlexIPGate: got {len(link.gates)} gates for a batch of {batch} latents; give one gate, or one per latent."
             )
     levels = unet.block_levels(model.model.diffusion_model)
-    percent_of = functools.cache(
-        lambda: PercentOfSigma(sampling.percent_to_sigma)
-    )  # a table that only a schedule needs
-    setting = Setting(batch, copies, height, width, levels, lambda sigma: percent_of()(sigma))
+    conds = [(name, entry) for name, entries in guider.conds.items() for entry in entries]
+    own = [_own(entry, links) for _, entry in conds]
+    setting = Setting(batch, copies, height, width, levels)
+    if any(isinstance(part.gates, GateCurve) for part in (*links, *(o for owns in own for o in owns.values()))):
+        # a table of a thousand sigmas: made here, before there is a GPU to wait for
+        setting = dataclasses.replace(setting, percent_of=PercentOfSigma(sampling.percent_to_sigma))
     runs = [
         LinkRun(
             link,
@@ -132,10 +134,9 @@ def _start(guider: Any, links: tuple[Link, ...], latent: torch.Tensor, copies: i
     ]
     slots = _slots(guider.model_options["transformer_options"])
     run = Run(runs, neighbours=sum(_has_neighbour(patch) for patch in slots.values()))
-    conds = [(name, entry) for name, entries in guider.conds.items() for entry in entries]
     entries = [
-        Entry(_text(entry, links), entry.get("prompt_type", name) in NULL_ROLES, _own(entry, links))
-        for name, entry in conds
+        Entry(_text(entry, links), entry.get("prompt_type", name) in NULL_ROLES, owns)
+        for (name, entry), owns in zip(conds, own)
     ]
     with torch.no_grad():
         run.prepare(entries, model.model.get_dtype_inference(), _load)

@@ -44,8 +44,10 @@ def read(
         )
     seen: list[View | None] = [None] * count
     if views is not None and len(views) == count:
-        seen = _of_tiles(options, [_whole(row) for row in views])
-        seen = [part if part and tuple(map(len, part)) == (height, width) else None for part in seen]
+        shown = [_whole(row) for row in views]
+        if tuple(map(len, shown[0])) != (height, width):  # not cut along with the latent
+            shown = _of_tiles(options, shown)
+        seen = [part if tuple(map(len, part)) == (height, width) else None for part in shown]
     return tuple(Row(*divmod(int(number), ROWS), part) for number, part in zip(numbers, seen))
 
 
