@@ -63,7 +63,7 @@ def check_combined(model, network, combine, chosen, batch, negative, per_row):
     regions = torch.rand(len(chosen), 16, 16, generator=tiny.generator(3)) if combine == "one per region" else None
     if combine in ("average", "one per batch item"):  # picture by picture, each with the weight of its reference
         weights = [weight for reference, weight in zip(references, weights) for _ in range(reference.count)]
-        references = [picture for reference in references for picture in reference.pictures()]
+        references = [picture for reference in references for picture in reference.pictures]
     spec = naive.Spec(
         network,
         references,
@@ -100,7 +100,7 @@ def test_concatenate_of_pictures_is_like_one_encode_of_all_for_the_preservation(
     """The personalization reads all [CLS] of one encode as one context, and each reference of several apart."""
     network, pictures = tiny.tiny_network(model), REFERENCES[2]
     together = sample(model, network, pictures, gates=(1.0,))
-    apart = sample(model, network, combine_references(list(pictures.pictures()), (), "concatenate"), gates=(1.0,))
+    apart = sample(model, network, combine_references(list(pictures.pictures), (), "concatenate"), gates=(1.0,))
     assert close(apart, together)
 
 
@@ -118,7 +118,7 @@ def test_average_of_equal_references_is_one_and_goes_from_one_to_the_other(model
 def test_one_per_batch_item_is_a_single_run_with_that_reference(model, network, batch):
     """Pictures count one by one, whichever reference they came with; they repeat, and each has its reference's weight."""
     parts, weights = [REFERENCES[1], REFERENCES[0]], (0.5, 2.0)
-    pictures = [(picture, 0.5) for picture in parts[0].pictures()] + [(parts[1], 2.0)]
+    pictures = [(picture, 0.5) for picture in parts[0].pictures] + [(parts[1], 2.0)]
     reference = combine_references(parts, weights, "one per batch item")
     noise = tiny.noise_for(batch)
     link = dataclasses.replace(tiny.link_for(network, parts[0]), reference=reference)
