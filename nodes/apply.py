@@ -92,6 +92,7 @@ class ApplyFlexIPGate(io.ComfyNode):
             ],
             outputs=[io.Model.Output("model", display_name="model", tooltip="The gated model, for any sampler.")],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # puts the node's id into its cache key: the report must find the node it came from
         )
 
     @classmethod

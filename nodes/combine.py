@@ -35,7 +35,7 @@ class FlexIPCombineReferences(io.ComfyNode):
                 io.Autogrow.Input(
                     "references",
                     template=io.Autogrow.TemplatePrefix(
-                        FlexIPReference.Input("reference", tooltip="From Encode Reference or FlexIP Load Reference."),
+                        FlexIPReference.Input("reference", tooltip="From Encode Reference or Load FlexIP Reference."),
                         prefix="reference_",
                         min=1,
                         max=MOST,

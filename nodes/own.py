@@ -71,6 +71,7 @@ class FlexIPConditioning(io.ComfyNode):
                 )
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # as in ApplyFlexIPGate
         )
 
     @classmethod

@@ -77,7 +77,7 @@ class FlexIPGateSchedule(io.ComfyNode):
                 ),
             ],
             outputs=[
-                FlexIPGate.Output("gate", display_name="gate", tooltip="For the gate socket of Apply FlexIP Gate.")
+                FlexIPGate.Output("gate", display_name="gate", tooltip="For gate_schedule of Apply FlexIP Gate.")
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
@@ -174,7 +174,7 @@ class FlexIPGateBatch(io.ComfyNode):
                 ),
             ],
             outputs=[
-                FlexIPGate.Output("gate", display_name="gate", tooltip="For the gate socket of Apply FlexIP Gate.")
+                FlexIPGate.Output("gate", display_name="gate", tooltip="For gate_schedule of Apply FlexIP Gate.")
             ],
         )
 
