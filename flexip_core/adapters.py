@@ -51,7 +51,13 @@ class PersonalizationAdapter(nn.Module):
 
     def forward(self, text: torch.Tensor, cls: torch.Tensor) -> torch.Tensor:
         """text (b, t, w), cls (r, clip width) -> (b, t, w); the r references are one context."""
-        context = self.cls_in(cls).reshape(1, -1, self.width)
+        return self._ask(text, self.cls_in(cls).reshape(1, -1, self.width))
+
+    def rows(self, text: torch.Tensor, cls: torch.Tensor) -> torch.Tensor:
+        """text (b, t, w), cls (b, clip width) -> (b, t, w); every row has a reference of its own."""
+        return self._ask(text, self.cls_in(cls).unflatten(1, (-1, self.width)))
+
+    def _ask(self, text: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         return self.resampler(self.text_in(text), context.expand(text.shape[0], -1, -1))
 
 
@@ -104,6 +110,22 @@ class FlexIPNetwork(nn.Module):
         if adapter == "preservation":
             return self.preservation(features["cls"], features["patches"]).flatten(0, 1).unsqueeze(0)
         return self.personalization(text, features["cls"])
+
+    def row_tokens(self, adapter: str, features: Mapping[str, torch.Tensor], text: torch.Tensor) -> torch.Tensor:
+        """As `tokens`, but row by row: features (b, ...), each row's reference, with text (b, t, w) -> (b, tokens, w)."""
+        if adapter == "preservation":
+            return self.preservation(features["cls"], features["patches"])
+        return self.personalization.rows(text, features["cls"])
+
+    def token_groups(self, adapter: str, count: int) -> dict[str, list[int]]:
+        """Which of an adapter's `count` tokens came from where: every picture brings [semantic ; detail], side by side."""
+        if adapter != "preservation":
+            return {adapter: list(range(count))}
+        first, picture = self.cfg.semantic_tokens, self.cfg.semantic_tokens + self.cfg.detail_tokens
+        return {
+            "detail": [token for token in range(count) if token % picture >= first],
+            "semantic": [token for token in range(count) if token % picture < first],
+        }
 
     def project(self, adapter: str, tokens: torch.Tensor) -> BlockKV:
         """tokens (b, n, w) of one adapter -> K and V for every block."""

@@ -393,6 +393,9 @@ class IPAdapterPair(nn.Module):
         """(1, r * tokens, w): the references side by side."""
         return self.parts[adapter].image_proj(features[adapter]).flatten(0, 1).unsqueeze(0)
 
+    def token_groups(self, adapter: str, count: int) -> dict[str, list[int]]:
+        return {adapter: list(range(count))}
+
     def project(self, adapter: str, tokens: torch.Tensor) -> BlockKV:
         return {
             address: (kv.to_k(tokens), kv.to_v(tokens))

@@ -1,0 +1,1 @@
+"""FlexIP outside ComfyUI. Each module needs the library it is named after."""

@@ -1,0 +1,191 @@
+"""The state of a training run in one safetensors file per checkpoint, no pickle, and the adapters that come out of it.
+
+Tensors: `weights.<key>` and `average.<key>` of the whole network, `moment1.<key>`, `moment2.<key>` and `count.<key>` of AdamW for
+what is trained, `meter` (losses since the last log line). Metadata: `flexip.training` = JSON. Randomness needs no state: it is a
+function of (seed, step, rank). The learning rate is one of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors.torch import save
+
+from ..adapters import FlexIPNetwork
+from ..checkpoint import save_checkpoint
+from ..config import FlexIPConfig
+from ..weights import name_of, read_header, read_tensors, write_atomically
+
+FORMAT = "1"
+STATE_KEY = "flexip.training"
+_NAME = re.compile(r"state_(\d{8})\.safetensors")
+MAY_CHANGE = ("steps", "folder", "device", "log_every", "probe_every", "checkpoint_every", "keep", "task")
+"""Settings that a resumed run may have different: they change none of the steps done so far."""
+
+
+@dataclass
+class Progress:
+    """What a run knows besides tensors."""
+
+    step: int = 0  # steps done
+    seconds: float = 0.0  # spent on them
+    best_score: float | None = None
+    best_step: int | None = None
+
+
+def state_tensors(
+    network: FlexIPNetwork,
+    average: FlexIPNetwork,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    meter: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    tensors = {f"weights.{key}": value for key, value in network.state_dict().items()}
+    tensors |= {f"average.{key}": value for key, value in average.state_dict().items()}
+    for key, parameter in parameters.items():
+        moments = optimizer.state[parameter]
+        tensors[f"moment1.{key}"] = moments["exp_avg"]
+        tensors[f"moment2.{key}"] = moments["exp_avg_sq"]
+        tensors[f"count.{key}"] = moments["step"]
+    return tensors | {"meter": meter}
+
+
+def save_state(
+    folder: str | os.PathLike,
+    tensors: dict[str, torch.Tensor],
+    progress: Progress,
+    config: dict[str, Any],
+    network: FlexIPConfig,
+    keep: int,
+) -> Path:
+    """Written whole or not at all; older states beyond the `keep` newest go only once the new one is on the disk."""
+    path = Path(folder) / f"state_{progress.step:08d}.safetensors"
+    about = {"format": FORMAT, "progress": vars(progress), "config": config, "network": network.to_dict()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_atomically(path, save(tensors, metadata={STATE_KEY: json.dumps(about, sort_keys=True)}))
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+    for old in states(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def states(folder: str | os.PathLike) -> list[Path]:
+    """The run's states, oldest first."""
+    return sorted(path for path in Path(folder).glob("state_*.safetensors") if _NAME.fullmatch(path.name))
+
+
+def read_state(
+    path: str | os.PathLike, config: dict[str, Any], network: FlexIPConfig
+) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """Refused in one sentence: a file that is no state, of another format, or of a run with other settings."""
+    about = _about(path)
+    theirs, ours = about["config"], config
+    for name in sorted(theirs.keys() | ours.keys()):
+        if name not in MAY_CHANGE and theirs.get(name) != ours.get(name):
+            setting, old, new = _difference(name, theirs.get(name), ours.get(name))
+            raise ValueError(
+                f"{name_of(path)} was written with {setting} = {old!r}, the config now says {new!r}; "
+                "put it back, or start a new run in another folder."
+            )
+    if about["network"] != json.loads(json.dumps(network.to_dict())):
+        raise ValueError(
+            f"{name_of(path)} belongs to another base or other encoders than the config's task gives; "
+            "use the task it was started with, or start a new run in another folder."
+        )
+    progress = about["progress"]
+    if not isinstance(progress, dict) or set(progress) != set(vars(Progress())):
+        raise ValueError(f"{name_of(path)} is damaged: its progress is not readable; resume from an older state.")
+    return Progress(**progress), read_tensors(path)
+
+
+def _about(path: str | os.PathLike) -> dict[str, Any]:
+    text = read_header(path).metadata.get(STATE_KEY)
+    if text is None:
+        raise ValueError(f"{name_of(path)} is not the state of a training run; choose a state_*.safetensors.")
+    try:
+        about = json.loads(text)
+    except ValueError:
+        about = None
+    if not isinstance(about, dict):
+        raise ValueError(f"{name_of(path)} is damaged: its description is unreadable; resume from an older state.")
+    if about.get("format") != FORMAT:
+        raise ValueError(
+            f"{name_of(path)} has state format {about.get('format')!r}, this version reads {FORMAT!r}; "
+            "resume with the version that wrote it."
+        )
+    if set(about) != {"format", "progress", "config", "network"}:
+        raise ValueError(f"{name_of(path)} is damaged: its description is incomplete; resume from an older state.")
+    return about
+
+
+def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """The first setting inside a table that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        key = next(key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
+        return _difference(f"{name}.{key}", old.get(key), new.get(key))
+    return name, old, new
+
+
+def load_into(
+    path: str | os.PathLike,
+    tensors: dict[str, torch.Tensor],
+    network: FlexIPNetwork,
+    average: FlexIPNetwork,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    meter: torch.Tensor,
+) -> None:
+    """Everything back in place, bit by bit; every expected tensor and no other must be there."""
+    wanted = {
+        f"{part}.{key}": value.shape for part in ("weights", "average") for key, value in network.state_dict().items()
+    }
+    for key, parameter in parameters.items():
+        wanted |= {f"moment1.{key}": parameter.shape, f"moment2.{key}": parameter.shape, f"count.{key}": torch.Size(())}
+    wanted["meter"] = meter.shape
+    missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or unknown:
+        example = (missing or unknown)[0]
+        raise ValueError(
+            f"{name_of(path)} does not fit this run: {len(missing)} tensors are missing and {len(unknown)} unknown "
+            f"(such as {example}); resume from an older state."
+        )
+    for key, shape in wanted.items():
+        if tensors[key].shape != shape:
+            raise ValueError(
+                f"{name_of(path)}: {key} has shape {list(tensors[key].shape)}, this run needs {list(shape)}; "
+                "resume from an older state."
+            )
+    for part, module in (("weights", network), ("average", average)):
+        module.load_state_dict({key: tensors[f"{part}.{key}"] for key in module.state_dict()}, strict=True)
+    names = {id(parameter): key for key, parameter in parameters.items()}
+    state = optimizer.state_dict()
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    state["state"] = {
+        number: {
+            "step": tensors[f"count.{key}"].clone(),
+            "exp_avg": tensors[f"moment1.{key}"].clone(),
+            "exp_avg_sq": tensors[f"moment2.{key}"].clone(),
+        }
+        for number, key in enumerate(ordered)
+    }
+    optimizer.load_state_dict(state)
+    meter.copy_(tensors["meter"])
+
+
+def export(state: str | os.PathLike, path: str | os.PathLike, part: str = "average") -> None:
+    """A FlexIP checkpoint for ComfyUI from a training state: its averaged weights, or the last ones (`part` "weights")."""
+    config = FlexIPConfig.from_dict(_about(state)["network"])
+    prefix = f"{part}."
+    tensors = {key.removeprefix(prefix): value for key, value in read_tensors(state).items() if key.startswith(prefix)}
+    with torch.device("meta"):
+        network = FlexIPNetwork(config)
+    network.load_state_dict(tensors, strict=True, assign=True)
+    save_checkpoint(network, path)

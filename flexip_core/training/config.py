@@ -1,0 +1,254 @@
+"""A training run's settings: one TOML file, read strictly.
+
+Ranges are written as one number or as [low, high]. Everything but `steps`, `batch`, `seed` and `folder` has a default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..adapters import ADAPTERS
+from ..config import GATE_MODES, ResamplerConfig
+
+PRECISIONS = ("fp32", "bf16")
+STARTS = ("text", "zero", "random")
+LOSS_WEIGHTS = ("min_snr", "none")
+Range = tuple[float, float]
+
+
+def _require(holds: bool, name: str, expected: str, got: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {got}.")
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, name, f"one of {', '.join(choices)}", repr(value))
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """γ by kind of data, drawn evenly from a range for every row; a range of one number is no jitter."""
+
+    invariant: Range = (0.8, 0.8)
+    variant: Range = (0.2, 0.2)
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in (("invariant", self.invariant), ("variant", self.variant)):
+            _require(0 <= low <= high <= 1, f"gates.{name}", "a number or a rising pair within 0..1", [low, high])
+
+
+@dataclass(frozen=True)
+class DropoutConfig:
+    """Shares of rows that lose their reference only, their text only, or both; and chances by which each phrase is dropped.
+
+    Without dropped phrases the text says everything that may vary, and the gate learns nothing but the subject.
+    """
+
+    image: float = 0.05
+    text: float = 0.05
+    both: float = 0.05
+    phrase: float = 0.0  # any phrase
+    phrases: dict[str, float] = field(default_factory=dict)  # by what the phrase is about, instead of `phrase`
+
+    def __post_init__(self) -> None:
+        for name in ("image", "text", "both", "phrase"):
+            _require(0 <= getattr(self, name) <= 1, f"dropout.{name}", "a share within 0..1", getattr(self, name))
+        for name, share in self.phrases.items():
+            _require(0 <= share <= 1, f"dropout.phrases.{name}", "a share within 0..1", share)
+        total = self.image + self.text + self.both
+        _require(total <= 1, "dropout.image + text + both", "at most 1", total)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. The learning rate rises for `warmup` steps, stays, and falls as a cosine from the share `cosine_from` of the steps on."""
+
+    lr: float = 1e-4
+    warmup: int = 500
+    cosine_from: float = 0.5  # 1: never
+    floor: float = 0.05  # where the cosine ends, as a share of lr
+    betas: Range = (0.9, 0.999)
+    weight_decay: float = 0.01  # of matrices; norms, biases and learned queries have none
+    clip: float = 1.0  # largest gradient norm
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "clip"):
+            _require(getattr(self, name) > 0, f"optimizer.{name}", "a number above 0", getattr(self, name))
+        for name in ("warmup", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name}", "a number of at least 0", getattr(self, name))
+        for name in ("cosine_from", "floor"):
+            _require(0 <= getattr(self, name) <= 1, f"optimizer.{name}", "a share within 0..1", getattr(self, name))
+        _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", "two numbers in 0..1", self.betas)
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """Decay of the averaged weights after s steps: 1 - (1 + s)^-power, at most `decay`."""
+
+    decay: float = 0.9999
+    power: float = 0.75
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.decay < 1, "ema.decay", "a number in 0..1", self.decay)
+        _require(self.power > 0, "ema.power", "a number above 0", self.power)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What FlexIPConfig leaves to choose; base, text width, blocks and encoders come from the base."""
+
+    gate_mode: str = "outputs"
+    resampler: ResamplerConfig = ResamplerConfig()
+    detail_tokens: int = 16
+    semantic_tokens: int = 4
+    cls_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        _choice("network.gate_mode", self.gate_mode, GATE_MODES)
+        for name in ("detail_tokens", "semantic_tokens", "cls_tokens"):
+            _require(getattr(self, name) >= 1, f"network.{name}", "at least 1", getattr(self, name))
+        for name, value in dataclasses.asdict(self.resampler).items():
+            _require(value >= 1, f"network.resampler.{name}", "at least 1", value)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    batch: int
+    seed: int
+    folder: str  # of the run: log, states, adapters
+    device: str = "cpu"
+    precision: str = "fp32"  # of the UNet's and the adapters' arithmetic; the trained weights stay fp32
+    start: str = "text"  # to_k, to_v: the UNet's own text projections, zero (the bare model at first), or random
+    train_adapters: tuple[str, ...] = ADAPTERS  # one alone is an IP-Adapter: the other takes no part
+    mix: float = 0.5  # share of variant rows
+    loss_weight: str = "min_snr"
+    min_snr_gamma: float = 5.0
+    log_every: int = 50
+    probe_every: int = 500
+    checkpoint_every: int = 500
+    keep: int = 2  # newest states kept
+    gates: GateConfig = GateConfig()
+    dropout: DropoutConfig = DropoutConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    network: NetworkConfig = NetworkConfig()
+    task: dict[str, Any] = field(default_factory=dict)  # make = "module:function", and what else that function takes
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "log_every", "probe_every", "checkpoint_every", "keep"):
+            _require(getattr(self, name) >= 1, name, "a whole number of at least 1", getattr(self, name))
+        _require(self.seed >= 0, "seed", "a whole number of at least 0", self.seed)
+        _require(0 <= self.mix <= 1, "mix", "a share within 0..1", self.mix)
+        _require(
+            self.min_snr_gamma > 0, "min_snr_gamma", 'above 0 (loss_weight = "none" turns it off)', self.min_snr_gamma
+        )
+        _choice("precision", self.precision, PRECISIONS)
+        _choice("start", self.start, STARTS)
+        _choice("loss_weight", self.loss_weight, LOSS_WEIGHTS)
+        for name in self.train_adapters:
+            _choice("train_adapters", name, ADAPTERS)
+        _require(bool(self.train_adapters), "train_adapters", f"one or both of {', '.join(ADAPTERS)}", [])
+        if len(set(self.train_adapters)) == 1 and self.network.gate_mode == "tokens":
+            # zero-weighted tokens of the other adapter would share the softmax in ComfyUI, but not while training
+            raise ValueError(
+                'train_adapters must name both where network.gate_mode is "tokens"; use "outputs" for one alone.'
+            )
+        for name in self.train_adapters:
+            if not any(self._weight(name, kind) for kind in ("invariant", "variant")):
+                raise ValueError(
+                    f"gates gives the {name} adapter the weight 0 in every row that is drawn, so it would learn nothing; "
+                    "choose other gates or take it out of train_adapters."
+                )
+
+    def _weight(self, adapter: str, kind: str) -> float:
+        """The largest factor that the gate gives an adapter in rows of one kind, times the share of those rows."""
+        low, high = getattr(self.gates, kind)
+        share = self.mix if kind == "variant" else 1 - self.mix
+        return share * (high if adapter == "preservation" else 1 - low)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: tuples are lists."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
+        """Strict: unknown or missing settings, wrong types and impossible values raise ValueError naming the setting."""
+        return _build(cls, data, "")
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; check the name of the training config.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is not a TOML file: {error}.") from None
+    try:
+        return TrainConfig.from_dict(data)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be a table, got {data!r}.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    prefix = f"{where}." if where else ""
+    if unknown := sorted(set(data) - set(fields)):
+        raise ValueError(f"unknown setting {prefix}{unknown[0]}; {where or 'a config'} has {', '.join(fields)}.")
+    required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in data]:
+        raise ValueError(f"the setting {prefix}{missing[0]} is missing; add it.")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _value(hints[name], value, prefix + name) for name, value in data.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """`hint` is one of the few types used above."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if hint == Range:
+        pair = value if isinstance(value, (list, tuple)) else [value, value]
+        if len(pair) != 2 or not all(map(_is_number, pair)):
+            raise ValueError(f"{where} must be a number or a pair of numbers, got {value!r}.")
+        return float(pair[0]), float(pair[1])
+    if hint == tuple[str, ...]:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+            raise ValueError(f"{where} must be a list of texts, got {value!r}.")
+        return tuple(value)
+    if isinstance(hint, types.GenericAlias):  # dict[str, float], dict[str, Any]
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a table, got {value!r}.")
+        kind = typing.get_args(hint)[1]
+        return {key: value[key] if kind is Any else _value(kind, value[key], f"{where}.{key}") for key in value}
+    if hint is float:
+        if not _is_number(value):
+            raise ValueError(f"{where} must be a number, got {value!r}.")
+        return float(value)
+    if type(value) is not hint:
+        word = {int: "a whole number", str: "text"}[hint]
+        raise ValueError(f"{where} must be {word}, got {value!r}.")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

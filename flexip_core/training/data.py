@@ -1,0 +1,162 @@
+"""Pairs of a reference and a target (paper section 3.4: what the gate learns to tell apart).
+
+Variant data: two pictures of one subject, the reference is one and the target the other. Invariant data: the reference is made
+from the target itself. Every draw comes from the generator that the loop gives, so a batch is a function of (seed, step, rank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from .config import DropoutConfig, TrainConfig
+
+KINDS = ("invariant", "variant")
+INVARIANT, VARIANT = range(len(KINDS))
+
+Captions = torch.Tensor | list[tuple[str, ...]]
+"""Captions as phrases, so that single phrases can be dropped: word ids (b, phrases) with 0 for "nothing said", or texts."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    targets: torch.Tensor  # (b, 3, h, w) in -1..1
+    references: (
+        Any  # what Base.features takes: pictures (b, 3, h, w) in -1..1, or indices into features computed before
+    )
+    captions: Captions  # of the targets
+    kinds: torch.Tensor  # (b,) of INVARIANT or VARIANT, as asked for
+
+
+class PairSource(Protocol):
+    phrases: tuple[
+        str, ...
+    ]  # what each phrase of a caption is about, by position; () if phrases have no fixed positions
+
+    def views(self) -> Mapping[str, int]:
+        """Subject of the variant data -> number of its pictures; each needs two."""
+
+    def pictures(self) -> int:
+        """How many pictures there are for invariant data."""
+
+    def batch(self, kinds: torch.Tensor, generator: torch.Generator) -> Batch:
+        """One row per entry of `kinds` (b,). Draws from `generator` (on the CPU) and from nothing else."""
+
+
+class PicturePairs:
+    """Pairs from pictures in memory.
+
+    pictures (n, 3, h, w) in -1..1, captions of each (n, phrases) or n texts in phrases, subjects (n,): pictures of the same
+    number show the same subject, -1 a loose picture, which is used as invariant data only. An invariant reference shows a part
+    of its target that covers `crop` (smallest, largest) of the area, or all of it with the chance `whole`.
+    """
+
+    def __init__(
+        self,
+        pictures: torch.Tensor,
+        captions: Captions,
+        subjects: torch.Tensor,
+        phrases: tuple[str, ...] = (),
+        crop: tuple[float, float] = (0.6, 1.0),
+        whole: float = 0.5,
+    ):
+        if not len(pictures) == len(captions) == len(subjects):
+            raise ValueError(
+                f"Training data: {len(pictures)} pictures, {len(captions)} captions and {len(subjects)} subject numbers; "
+                "give one caption and one subject number per picture."
+            )
+        self.all, self.captions, self.phrases, self.crop, self.whole = pictures, captions, phrases, crop, whole
+        shown = subjects >= 0
+        self._order = torch.argsort(subjects, stable=True)[(~shown).sum() :]  # subject by subject
+        self._names, self._counts = torch.unique_consecutive(subjects[self._order], return_counts=True)
+        self._starts = self._counts.cumsum(0) - self._counts
+
+    def views(self) -> dict[str, int]:
+        return {str(name): count for name, count in zip(self._names.tolist(), self._counts.tolist())}
+
+    def pictures(self) -> int:
+        return len(self.all)
+
+    def batch(self, kinds: torch.Tensor, generator: torch.Generator) -> Batch:
+        b = len(kinds)
+        draws = torch.rand(7, b, generator=generator, dtype=torch.float64)
+        targets = (draws[0] * len(self.all)).long()
+        references = targets
+        if len(self._counts):
+            first, second = self._two_views(*draws[1:4])
+            targets = torch.where(kinds == VARIANT, first, targets)
+            references = torch.where(kinds == VARIANT, second, targets)
+        pictures = self.all[references]
+        part = (kinds == INVARIANT) & (draws[4] >= self.whole)
+        if part.any():
+            area = self.crop[0] + (self.crop[1] - self.crop[0]) * draws[5][part]
+            place = torch.rand(int(part.sum()), 2, generator=generator, dtype=torch.float64)
+            pictures[part] = crops(pictures[part], area, place)
+        captions = self.captions
+        chosen = captions[targets] if isinstance(captions, torch.Tensor) else [captions[i] for i in targets.tolist()]
+        return Batch(self.all[targets], pictures, chosen, kinds)
+
+    def _two_views(
+        self, subject: torch.Tensor, one: torch.Tensor, other: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of two different pictures of one subject per row, from draws in 0..1."""
+        subject = (subject * len(self._counts)).long()
+        count = self._counts[subject]
+        one = (one * count).long()
+        other = (one + 1 + (other * (count - 1)).long()) % count
+        return self._order[self._starts[subject] + one], self._order[self._starts[subject] + other]
+
+
+def crops(pictures: torch.Tensor, area: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """A part of each picture (b, 3, h, w), scaled up to the whole size: `area` (b,) of it, at `place` (b, 2), all in 0..1."""
+    size = area.sqrt()
+    centre = (2 * place - 1) * (1 - size).unsqueeze(1)
+    matrix = torch.zeros(len(pictures), 2, 3, dtype=pictures.dtype)
+    matrix[:, 0, 0] = matrix[:, 1, 1] = size.to(pictures.dtype)
+    matrix[:, :, 2] = centre.to(pictures.dtype)
+    grid = F.affine_grid(matrix.to(pictures.device), list(pictures.shape), align_corners=False)
+    return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def drop_phrases(
+    captions: Captions, phrases: tuple[str, ...], cfg: DropoutConfig, generator: torch.Generator
+) -> Captions:
+    """Every phrase of every caption stays or goes by itself."""
+    if isinstance(captions, torch.Tensor):
+        draws = torch.rand(captions.shape, generator=generator)
+        return captions.masked_fill((draws < _rates(phrases, captions.shape[1], cfg)).to(captions.device), 0)
+    longest = max(map(len, captions), default=0)
+    gone = (torch.rand(len(captions), longest, generator=generator) < _rates(phrases, longest, cfg)).tolist()
+    return [tuple(phrase for phrase, drop in zip(caption, row) if not drop) for caption, row in zip(captions, gone)]
+
+
+def _rates(phrases: tuple[str, ...], count: int, cfg: DropoutConfig) -> torch.Tensor:
+    names = [*phrases, *[""] * (count - len(phrases))]
+    return torch.tensor([cfg.phrases.get(name, cfg.phrase) for name in names[:count]])
+
+
+def check_source(source: PairSource, cfg: TrainConfig) -> None:
+    """ValueError in one sentence for data that cannot be trained on as the config wants."""
+    if strangers := sorted(set(cfg.dropout.phrases) - set(source.phrases)):
+        raise ValueError(
+            f"Training data: dropout.phrases names {strangers[0]!r}, but the captions have "
+            f"{', '.join(source.phrases) or 'no named phrases'}; choose one of those."
+        )
+    if cfg.mix < 1 and not source.pictures():
+        raise ValueError("Training data: there is no picture for invariant data; add pictures or set mix to 1.")
+    if cfg.mix > 0:
+        views = source.views()
+        if not views:
+            raise ValueError(
+                "Training data: there is no subject for variant data; add subjects with at least two pictures each, "
+                "or set mix to 0."
+            )
+        if lonely := [name for name, count in views.items() if count < 2]:
+            raise ValueError(
+                f"Training data: subject {lonely[0]!r} has one picture ({len(lonely)} of {len(views)} subjects do), "
+                "variant data needs at least two of each; add one or take the subject out."
+            )

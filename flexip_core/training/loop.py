@@ -1,0 +1,307 @@
+"""The training loop: one step is a function of the weights, the config and (seed, step, rank).
+
+Shape legend: b batch, c x h x w latent, t text tokens, w text width.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters import FlexIPNetwork
+from ..checkpoint import save_checkpoint
+from ..config import FlexIPConfig
+from ..integrations.diffusers import block_widths, branches, gated, text_projections
+from ..weights import write_atomically
+from .base import Base, Probe
+from .checkpointing import Progress, load_into, read_state, save_state, state_tensors, states
+from .config import DropoutConfig, GateConfig, TrainConfig
+from .data import INVARIANT, VARIANT, Batch, PairSource, check_source, drop_phrases
+from .losses import Meter, add_noise, min_snr_weights, noise_loss
+from .optim import ema_decay, gradient_norms, lr_at, make_optimizer, trainable, update_average
+
+LOG, BEST, FINAL = "log.jsonl", "best.safetensors", "final.safetensors"
+Numbers = tuple[float, ...]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why in one sentence."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did."""
+
+    number: int  # from 0
+    loss: float
+    gradient_norms: dict[str, float]  # adapter -> before clipping
+    lr: float
+
+
+def generator(seed: int, step: int, rank: int, purpose: str) -> torch.Generator:
+    """Each purpose has draws of its own, so that a source that draws more changes neither noise nor gates."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank} {purpose}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def draw_kinds(batch: int, mix: float, g: torch.Generator) -> torch.Tensor:
+    return torch.where(torch.rand(batch, generator=g) < mix, VARIANT, INVARIANT)
+
+
+def draw_gates(kinds: torch.Tensor, cfg: GateConfig, g: torch.Generator) -> Numbers:
+    """γ of each row, evenly from the range of its kind."""
+    low, high = torch.tensor([cfg.invariant, cfg.variant], dtype=torch.float64)[kinds].T
+    return tuple((low + (high - low) * torch.rand(len(kinds), generator=g, dtype=torch.float64)).tolist())
+
+
+def draw_dropout(batch: int, cfg: DropoutConfig, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """(b,) rows without reference, (b,) rows without text: one draw, so that the three shares exclude each other."""
+    draw = torch.rand(batch, generator=g)
+    image = draw < cfg.image
+    text = ~image & (draw < cfg.image + cfg.text)
+    both = ~image & ~text & (draw < cfg.image + cfg.text + cfg.both)
+    return image | both, text | both
+
+
+class Trainer:
+    """Trains FlexIP adapters on a frozen base. `network` holds the weights, `average` their moving average."""
+
+    def __init__(self, cfg: TrainConfig, base: Base, source: PairSource, probe: Probe | None = None, rank: int = 0):
+        check_source(source, cfg)
+        self.cfg, self.base, self.source, self.probe, self.rank = cfg, base, source, probe, rank
+        self.device = base.alphas_cumprod.device
+        base.unet.requires_grad_(False).eval()
+        self.network = make_network(cfg, base).to(self.device)
+        self.average = copy.deepcopy(self.network).requires_grad_(False).eval()
+        self.parameters = trainable(self.network, cfg.train_adapters)
+        self.optimizer = make_optimizer(self.parameters, cfg.optimizer)
+        self.timestep_weights = torch.ones_like(base.alphas_cumprod)
+        if cfg.loss_weight == "min_snr":
+            self.timestep_weights = min_snr_weights(base.alphas_cumprod, cfg.min_snr_gamma)
+        self.meter = Meter(self.device)
+        self.progress = Progress()
+        average = self.average.get_parameter
+        self._pairs = [average(key) for key in self.parameters], list(self.parameters.values())
+
+    def run(self, resume: bool = False, should_stop: Callable[[], bool] | None = None) -> bool:
+        """All steps that are left; True when done, False when a signal or `should_stop` ended it after saving the state."""
+        self.start(resume)
+        with _asked_to_stop() as asked:
+            while self.progress.step < self.cfg.steps:
+                self.advance()
+                unfinished = self.progress.step < self.cfg.steps
+                if unfinished and (asked.is_set() or (should_stop is not None and should_stop())):
+                    self.save()
+                    logging.info("Stopped after step %d; the state is saved.", self.progress.step)
+                    return False
+        save_checkpoint(self.average, self.folder / FINAL)
+        return True
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.folder)
+
+    def advance(self) -> Step:
+        """One step, and what is due after it: a log line, the probe, a checkpoint."""
+        cfg, begin = self.cfg, time.perf_counter()
+        step = self.step()
+        self.progress.seconds += time.perf_counter() - begin
+        done, last = self.progress.step, self.progress.step == cfg.steps
+        if done % cfg.log_every == 0 or last:
+            self._log_losses(step)
+        if self.probe is not None and (done % cfg.probe_every == 0 or last):
+            self._run_probe()
+        if done % cfg.checkpoint_every == 0 or last:
+            self.save()
+        return step
+
+    def step(self) -> Step:
+        cfg, number = self.cfg, self.progress.step
+        kinds = draw_kinds(cfg.batch, cfg.mix, self._generator("kinds"))
+        gates = draw_gates(kinds, cfg.gates, self._generator("gates"))
+        batch = self.source.batch(kinds, self._generator("pairs"))
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, timesteps = self.losses(batch, gates)
+        loss = losses.mean()
+        if loss.requires_grad:  # otherwise the norms are 0, and _check says what that means
+            loss.backward()
+        norms = gradient_norms(self.parameters)
+        values = torch.stack([loss.detach(), *norms.values()]).tolist()  # the only wait for the device
+        norms = dict(zip(norms, values[1:]))
+        self._check(values[0], norms, gates)
+        lr = lr_at(number, cfg.steps, cfg.optimizer)
+        self._update(lr, math.hypot(*norms.values()))
+        self.meter.add(losses, kinds.to(self.device), timesteps, len(self.timestep_weights))
+        self.progress.step += 1
+        return Step(number, values[0], norms, lr)
+
+    def losses(self, batch: Batch, gates: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each row (b,), and the rows' timesteps (b,)."""
+        cfg, base, b = self.cfg, self.base, len(gates)
+        g = self._generator("noise")
+        with torch.no_grad():
+            latents = base.to_latents(batch.targets)
+            text, features = self.conditions(batch)
+            timesteps = torch.randint(len(self.timestep_weights), (b,), generator=g).to(self.device)
+            noise = torch.randn(latents.shape, generator=g).to(self.device)
+            noisy = add_noise(latents, noise, base.alphas_cumprod[timesteps])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+            added = branches(self.network, features, text, gates, adapters=cfg.train_adapters)
+            with gated(base.unet, added):
+                predicted = base.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+        return noise_loss(predicted, noise, self.timestep_weights[timesteps]), timesteps
+
+    def conditions(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Text (b, t, w) and features of the references, with what this step drops."""
+        cfg, base = self.cfg.dropout, self.base
+        g = self._generator("dropout")
+        no_reference, no_text = draw_dropout(len(batch.kinds), cfg, g)
+        text = base.encode_text(drop_phrases(batch.captions, self.source.phrases, cfg, g))
+        text = torch.where(no_text.view(-1, 1, 1).to(text.device), base.empty_text(), text)
+        gone = no_reference.to(self.device)
+        features = {
+            name: value.masked_fill(gone.view(-1, *[1] * (value.dim() - 1)), 0.0)
+            for name, value in base.features(batch.references).items()
+        }
+        return text, features
+
+    def save(self) -> None:
+        tensors = state_tensors(self.network, self.average, self.parameters, self.optimizer, self.meter.sums)
+        save_state(self.folder, tensors, self.progress, self.cfg.to_dict(), self.network.cfg, self.cfg.keep)
+
+    def resume(self, path: Path) -> None:
+        self.progress, tensors = read_state(path, self.cfg.to_dict(), self.network.cfg)
+        load_into(path, tensors, self.network, self.average, self.parameters, self.optimizer, self.meter.sums)
+
+    def start(self, resume: bool = False) -> None:
+        """Makes the run's folder ready and, if asked, goes back to its newest state."""
+        found = states(self.folder)
+        if found and not resume:
+            raise ValueError(
+                f"{self.folder} already holds a run ({found[-1].name}); resume it with --resume or choose another folder."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if found:
+            self.resume(found[-1])
+            logging.info("Resumed at step %d.", self.progress.step)
+        keep_log_up_to(self.folder / LOG, self.progress.step)
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return generator(self.cfg.seed, self.progress.step, self.rank, purpose)
+
+    def _check(self, loss: float, norms: dict[str, float], gates: Numbers) -> None:
+        number = self.progress.step + 1
+        for what, value in (("loss", loss), *((f"gradient of the {name} adapter", norms[name]) for name in norms)):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"Step {number}: the {what} is {value}; nothing of this step was kept. Resume from the last state with a "
+                    "lower optimizer.lr or precision fp32, and look for pictures with damaged values."
+                )
+        for name, norm in norms.items():
+            weighed = any(gate if name == "preservation" else 1 - gate for gate in gates)
+            if norm == 0 and weighed:
+                raise TrainingError(
+                    f"Step {number}: the {name} adapter got no gradient, so it would never learn; its K and V do not reach the loss. "
+                    "Check that the base lets gradients through its cross-attentions."
+                )
+
+    def _update(self, lr: float, norm: float) -> None:
+        average, current = self._pairs
+        if norm > self.cfg.optimizer.clip:
+            torch._foreach_mul_([p.grad for p in current if p.grad is not None], self.cfg.optimizer.clip / norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        update_average(average, current, ema_decay(self.progress.step, self.cfg.ema))
+
+    def _log_losses(self, step: Step) -> None:
+        line = {
+            "step": self.progress.step,
+            **self.meter.report(),
+            "gradient_norm": step.gradient_norms,
+            "lr": step.lr,
+            "seconds": round(self.progress.seconds, 3),
+        }
+        self.meter.reset()
+        self._write(line)
+        logging.info("Step %d: loss %.4f, gradient %s.", line["step"], line["loss"], line["gradient_norm"])
+
+    def _run_probe(self) -> None:
+        with torch.no_grad():
+            scores = {name: float(value) for name, value in self.probe(self.average).items()}
+        score = scores.get("score", math.nan)
+        if not math.isfinite(score):
+            raise TrainingError(f"The probe's 'score' is {score}; a probe must return one finite number of that name.")
+        best = self.progress.best_score is None or score > self.progress.best_score
+        if best:
+            self.progress.best_score, self.progress.best_step = score, self.progress.step
+            save_checkpoint(self.average, self.folder / BEST)
+        self._write({"step": self.progress.step, "probe": scores, "best": best})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with (self.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def make_network(cfg: TrainConfig, base: Base) -> FlexIPNetwork:
+    """The adapters for this base, from the seed."""
+    projections = text_projections(base.unet)
+    for address, (to_k, _) in projections.items():
+        if to_k.shape[1] != base.text_width:
+            raise ValueError(
+                f"The base says that its text is {base.text_width} wide, its cross-attention at {address} reads {to_k.shape[1]}; "
+                "give the UNet and the text encoder of one model."
+            )
+    choices = {name: getattr(cfg.network, name) for name in vars(cfg.network)}
+    about = FlexIPConfig(base.name, base.text_width, block_widths(base.unet), clip=base.clip, dino=base.dino, **choices)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        network = FlexIPNetwork(about)
+    if cfg.start == "text":
+        network.init_from_text(projections)
+    elif cfg.start == "zero":
+        network.init_no_op()
+    return network
+
+
+def keep_log_up_to(path: Path, step: int) -> None:
+    """Lines of steps that a resumed run will do again are taken out."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomically(path, "".join(kept).encode())
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """SIGTERM and SIGINT set the event while it lasts; a second one ends the process as usual."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    own = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(number, own[number])
+
+    for number in own:
+        signal.signal(number, stop)
+    try:
+        yield event
+    finally:
+        for number, handler in own.items():
+            signal.signal(number, handler)

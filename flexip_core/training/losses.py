@@ -1,0 +1,64 @@
+"""The loss: the base's own noise prediction, weighted so that easy timesteps do not dominate.
+
+Shape legend: b batch, c x h x w latent.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .data import KINDS
+
+QUARTILES = 4
+
+
+def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float) -> torch.Tensor:
+    """min(SNR, gamma) / SNR per timestep, for a model that predicts the noise (Hang et al. 2023, arXiv:2303.09556)."""
+    if not gamma > 0:
+        raise ValueError(f"min_snr_gamma must be above 0, got {gamma}: 0 would make the loss zero.")
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return (gamma / snr).clamp(max=1.0)
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """x_t = sqrt(a) x_0 + sqrt(1 - a) noise, with each row's own a (b,)."""
+    a = alphas_cumprod.view(-1, 1, 1, 1)
+    return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+def noise_loss(predicted: torch.Tensor, noise: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(b, c, h, w) twice and the weight of each row (b,) -> the loss of each row (b,), in float32."""
+    return (predicted.float() - noise).square().mean((1, 2, 3)) * weights
+
+
+class Meter:
+    """Sum and count of the rows' losses by kind of data and quartile of the timestep (0: the least noise)."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.sums = torch.zeros(2, len(KINDS), QUARTILES, device=device)  # losses, rows
+
+    def add(self, losses: torch.Tensor, kinds: torch.Tensor, timesteps: torch.Tensor, total: int) -> None:
+        """losses, kinds, timesteps (b,) of a schedule with `total` timesteps."""
+        cell = kinds * QUARTILES + timesteps * QUARTILES // total
+        losses = losses.detach()
+        values = torch.stack([losses, torch.ones_like(losses)])
+        self.sums.view(2, -1).index_add_(1, cell, values)
+
+    def reset(self) -> None:
+        self.sums.zero_()
+
+    def report(self) -> dict[str, object]:
+        """Means; None where no row fell."""
+        losses, rows = self.sums.cpu().double()
+        table = {kind: [_mean(losses[i, j], rows[i, j]) for j in range(QUARTILES)] for i, kind in enumerate(KINDS)}
+        return {
+            "loss": _mean(losses.sum(), rows.sum()),
+            "loss_by_kind": {kind: _mean(losses[i].sum(), rows[i].sum()) for i, kind in enumerate(KINDS)},
+            "loss_by_quartile": [_mean(losses[:, j].sum(), rows[:, j].sum()) for j in range(QUARTILES)],
+            "loss_by_kind_and_quartile": table,
+            "rows_by_kind": {kind: int(rows[i].sum()) for i, kind in enumerate(KINDS)},
+        }
+
+
+def _mean(total: torch.Tensor, count: torch.Tensor) -> float | None:
+    return float(total / count) if count > 0 else None

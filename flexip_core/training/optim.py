@@ -1,0 +1,67 @@
+"""Which weights are trained and how: groups, learning rate, gradient norms per adapter, averaged weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+
+from ..adapters import ADAPTERS, FlexIPNetwork
+from .config import EmaConfig, OptimizerConfig
+
+
+def adapter_of(key: str) -> str:
+    """ "preservation.queries", "blocks.input.1.0.preservation.to_k.weight" -> "preservation"."""
+    return next(part for part in key.split(".") if part in ADAPTERS)
+
+
+def trainable(network: FlexIPNetwork, adapters: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Turns on the gradients of `adapters` with their projections, turns off the others', and names the former."""
+    adapters = tuple(adapters)
+    for key, parameter in network.named_parameters():
+        parameter.requires_grad_(adapter_of(key) in adapters)
+    return {key: parameter for key, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], cfg: OptimizerConfig) -> torch.optim.AdamW:
+    decayed = [p for key, p in parameters.items() if decays(key, p)]
+    plain = [p for key, p in parameters.items() if not decays(key, p)]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
+
+
+def decays(key: str, parameter: nn.Parameter) -> bool:
+    """Weight decay pulls at matrices, not at norms, biases and learned queries."""
+    return parameter.dim() == 2 and not key.endswith("queries")
+
+
+def lr_at(step: int, steps: int, cfg: OptimizerConfig) -> float:
+    """Learning rate of the step with that number (from 0) of a run of `steps`."""
+    rise = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    begin = cfg.cosine_from * steps
+    if step <= begin:
+        return cfg.lr * rise
+    fall = 0.5 * (1 + math.cos(math.pi * (step - begin) / (steps - begin)))
+    return cfg.lr * rise * (cfg.floor + (1 - cfg.floor) * fall)
+
+
+def gradient_norms(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Adapter -> L2 norm of its gradient, a 0-dim tensor; 0 where no gradient arrived."""
+    found: dict[str, list[torch.Tensor]] = {adapter_of(key): [] for key in parameters}
+    for key, parameter in parameters.items():
+        if parameter.grad is not None:
+            found[adapter_of(key)].append(parameter.grad)
+    zero = torch.zeros((), device=next(iter(parameters.values())).device)
+    return {name: torch.stack(torch._foreach_norm(grads)).norm() if grads else zero for name, grads in found.items()}
+
+
+def ema_decay(step: int, cfg: EmaConfig) -> float:
+    """After the update with that number (from 0), as in diffusers' EMAModel: the first one copies."""
+    return min(cfg.decay, 1 - (1 + step) ** -cfg.power)
+
+
+@torch.no_grad()
+def update_average(average: list[torch.Tensor], current: list[torch.Tensor], decay: float) -> None:
+    torch._foreach_lerp_(average, current, 1 - decay)
