@@ -134,7 +134,7 @@ def combined(
 ) -> tuple[Branch, ...]:
     """K, V (texts, n, c) of each reference -> those of the rows `items` of the batch, (len(items), n, c).
 
-    `latents` are the same rows counted within one copy of a sweep. One branch, for "one per region" one per reference. Weights that are strengths are not folded in: see `row_strengths`.
+    `latents` are the same rows counted within one copy of a sweep. One branch, for "one per region" one per reference. Weights that are strengths are not folded in: see `row_strength`.
     """
     if mode == "one per region":
         return tuple(Branch(*_rows_of(part, items)) for part in parts)

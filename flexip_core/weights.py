@@ -98,7 +98,10 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a power cut after the rename must not leave an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from .combine import FlexIPCombineReferences
 from .depth import FlexIPBlocks
 from .encode import EncodeReference
 from .load import LoadFlexIPAdapters
+from .maps import FlexIPAttentionMaps
 from .own import FlexIPConditioning
 from .reference_files import FlexIPLoadReference, FlexIPSaveReference
 from .sampler import FlexIPSampler
@@ -34,6 +35,7 @@ class FlexIPExtension(ComfyExtension):
             FlexIPConditioning,
             FlexIPSaveReference,
             FlexIPLoadReference,
+            FlexIPAttentionMaps,
             FlexIPScore,
             FlexIPAutoGate,
         ]
