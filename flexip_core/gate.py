@@ -67,7 +67,7 @@ def _outputs(
             continue
         if place.gate is None:
             weights = tuple(strength * of_gate(gate) * factor for gate, strength in _pairs(gates, strengths))
-            where = place.strength
+            where = _own_object(place.strength)
         else:
             weights = tuple(strength * factor for strength in strengths)
             where = of_gate(scale(place.gate, gates))
@@ -102,13 +102,18 @@ def _tokens(
         torch.cat([part.k for part in parts], dim=1),
         torch.cat([part.v for part in parts], dim=1),
         join_masks(parts),
-        place.strength,
+        _own_object(place.strength),
     )
     if place.gate is None:
         return joined
     count = preservation.k.shape[1] if preservation is not None else 0
     first = (torch.arange(joined.k.shape[1], device=joined.k.device) < count).to(joined.k.dtype).view(-1, 1, 1)
     return joined._replace(place_gate=scale(place.gate, gates), first=first)
+
+
+def _own_object(t: torch.Tensor | None) -> torch.Tensor | None:
+    """torch.compile makes one input of a tensor that it meets twice, and would go on doing so when they differ one day."""
+    return None if t is None else t[:]
 
 
 def _gate(gate):

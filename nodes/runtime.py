@@ -150,7 +150,7 @@ def _start(guider: Any, links: tuple[Link, ...], latent: torch.Tensor, copies: i
 
 
 def _own(entry: dict[str, Any], links: tuple[Link, ...]) -> dict[int, Own]:
-    """What FlexIPConditioning put into a prompt, for the last link of the chain that reads such a reference."""
+    """What FlexIPConditioning put into a prompt, for the last link of the chain that reads such a reference and acts at all."""
     own: OwnReference | None = entry.get(OWN)
     if own is None:
         return {}
@@ -164,7 +164,8 @@ def _own(entry: dict[str, Any], links: tuple[Link, ...]) -> dict[int, Own]:
             f"FlexIPConditioning: the reference on a prompt was encoded for other adapters than those on the model ({', '.join(link.title for link in links)}). "
             "Wire the same adapters into its Encode Reference."
         )
-    return {fitting[-1]: Own(own.reference, own.gates, own.strength)}
+    acting = [position for position in fitting if not links[position].silent]
+    return {position: Own(own.reference, own.gates, own.strength) for position in acting[-1:]}
 
 
 def _text(entry: dict[str, Any], links: tuple[Link, ...]) -> torch.Tensor:

@@ -168,24 +168,22 @@ class FlexIPSampler(io.ComfyNode):
             return io.NodeOutput(
                 result, ExecutionBlocker(f"{NODE}: wire a VAE into it to get the contact sheet."), report
             )
-        sheet = contact_sheet(
-            by_columns(decode(vae, result["samples"]), len(amounts) or 1, len(values) or 1),
-            [f"gate {value:g}" for value in values] or gate_labels(links[-1].gates, len(rows)),
-            [f"strength {amount:g}" for amount in amounts],
-        )
+        labels = [f"gate {value:g}" for value in values] or gate_labels(links[-1].gates, len(latent_image["samples"]))
+        pictures = by_columns(decode(vae, result["samples"]), len(amounts) or 1, len(labels))
+        sheet = contact_sheet(pictures, labels, [f"strength {amount:g}" for amount in amounts])
         return io.NodeOutput(result, sheet, report, ui=ui.PreviewImage(sheet, cls=cls))
 
 
-def by_columns(pictures: torch.Tensor, strengths: int, gates: int) -> torch.Tensor:
-    """Pictures in the order of the latents (strength, gate, latent) -> in the order of the sheet's columns (gate, strength, latent)."""
-    return pictures.unflatten(0, (strengths, gates, -1)).transpose(0, 1).flatten(0, 2)
+def by_columns(pictures: torch.Tensor, strengths: int, columns: int) -> torch.Tensor:
+    """Pictures in the order of the latents (strength, column, rest) -> in the order of the sheet (column, strength, rest)."""
+    return pictures.unflatten(0, (strengths, columns, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def gate_labels(gates: Any, batch: int) -> list[str]:
+def gate_labels(gates: Any, latents: int) -> list[str]:
     """Of the columns without a sweep: one, or one per latent where each has a gate of its own."""
     if isinstance(gates, GateCurve):
         return [f"gate {gates.name}"]
-    values = gates.values_for(batch) if isinstance(gates, GateBatch) else gates
+    values = gates.values_for(latents) if isinstance(gates, GateBatch) else gates
     return [f"gate {value:.3g}" for value in values]
 
 

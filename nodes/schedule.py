@@ -76,9 +76,7 @@ class FlexIPGateSchedule(io.ComfyNode):
                     tooltip="Only for the plot: the sigmas of the run, for example from Basic Scheduler, to see the gate of every step.",
                 ),
             ],
-            outputs=[
-                FlexIPGate.Output("gate", display_name="gate", tooltip="For gate_schedule of Apply FlexIP Gate.")
-            ],
+            outputs=[FlexIPGate.Output("gate", display_name="gate", tooltip="For gate_schedule of Apply FlexIP Gate.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
@@ -173,9 +171,7 @@ class FlexIPGateBatch(io.ComfyNode):
                     tooltip="interpolate: the gates are key frames, evenly spread from the first picture to the last. repeat: one gate per picture, from the start again when they are used up.",
                 ),
             ],
-            outputs=[
-                FlexIPGate.Output("gate", display_name="gate", tooltip="For gate_schedule of Apply FlexIP Gate.")
-            ],
+            outputs=[FlexIPGate.Output("gate", display_name="gate", tooltip="For gate_schedule of Apply FlexIP Gate.")],
         )
 
     @classmethod

@@ -8,6 +8,7 @@ by hand, row by row.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from flexip_pack.flexip_core.reference import Reference, ReferenceSet
 from flexip_pack.flexip_core.space import as_masks
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in latent cells
+Shown = tuple[list[int], list[int]]  # the latent's rows and columns
 
 
 @dataclass(eq=False, repr=False)
@@ -70,7 +72,9 @@ class Prompt:
     text: torch.Tensor  # (t, w)
     null: bool
     area: Box | None = None
-    own: dict[int, dict[str, Any]] = field(default_factory=dict)  # position -> fields of Spec to replace; strength multiplies
+    own: dict[int, dict[str, Any]] = field(
+        default_factory=dict
+    )  # position -> fields of Spec to replace; strength multiplies
 
 
 @dataclass
@@ -80,14 +84,14 @@ class Picture:
     batch: int
     height: int
     width: int
-    row: Callable[[dict, int, int], tuple[int, Box | None]] | None = None  # (options, row, rows) -> latent, box
+    row: Callable[[int], tuple[int, Shown | None]] | None = None  # row of the call -> latent, what it shows (None: all)
 
     def __call__(self, options: dict, row: int, rows: int, prompt: Prompt) -> tuple[int, list[int], list[int]]:
         """Row of the latent batch, and the latent's rows and columns that are shown."""
         whole = [list(range(self.height)), list(range(self.width))]
         if self.row is not None:
-            item, box = self.row(options, row, rows)
-            return item, *(whole if box is None else sides(box))
+            item, shown = self.row(row)
+            return item, *(shown or whole)
         window = options.get("context_window")
         if window is not None:
             anchor = getattr(window, "causal_anchor_index", None)
@@ -102,7 +106,7 @@ class Picture:
         return item, *whole
 
 
-def sides(box: Box) -> tuple[list[int], list[int]]:
+def sides(box: Box) -> Shown:
     top, left, height, width = box
     return list(range(top, top + height)), list(range(left, left + width))
 
@@ -157,7 +161,7 @@ class Block:
         strength = spec.strength * own.get("strength", 1.0)
         gates = own.get("gates", spec.gates)
         gate = gates(percent_of(sigma, self.sampling)) if callable(gates) else gates[item % len(gates)]
-        on_tokens = lambda *masks: token_values(masks, item, self.picture, rows, columns, self.level)  # noqa: E731
+        on_tokens = lambda *masks: token_values(masks, item, self.picture, rows, columns, self.level)
         gate_where = on_tokens(spec.gate_mask)
         gates_of_tokens = torch.full((q.shape[0], 1), gate) if gate_where is None else gate * gate_where
         total = torch.zeros_like(q)
@@ -271,7 +275,9 @@ def on_tokens(cells: list[list[float]], level: int) -> list[list[float]]:
     """A token stands over 2^level x 2^level latent cells, the last ones over what is left."""
     side = 2**level
     starts = [range(0, length, side) for length in (len(cells), len(cells[0]))]
-    return [[mean([v for line in cells[r : r + side] for v in line[c : c + side]]) for c in starts[1]] for r in starts[0]]
+    return [
+        [mean([v for line in cells[r : r + side] for v in line[c : c + side]]) for c in starts[1]] for r in starts[0]
+    ]
 
 
 def mean(values: list[float]) -> float:
@@ -296,7 +302,7 @@ def lines(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
     def gate(percent: float) -> float:
         if percent <= points[0][0]:
             return points[0][1]
-        for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
             if percent <= x1:
                 return y0 + (y1 - y0) * (percent - x0) / (x1 - x0)
         return points[-1][1]

@@ -13,8 +13,10 @@ from flexip_pack.nodes.combine import FlexIPCombineReferences, combine_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nodes
+
 TOLERANCE = 1e-5
-P, N = tiny.cond(1), tiny.cond(2)
+P, N, M = (tiny.cond(seed) for seed in (1, 2, 3))
 PROMPTS = [naive.Prompt(P[0][0][0], False), naive.Prompt(N[0][0][0], True)]
 REFERENCES = [tiny.tiny_reference(seed, pictures) for seed, pictures in ((9, 1), (10, 2), (11, 3), (12, 1))]
 REGIONS = torch.zeros(2, 16, 16)
@@ -33,7 +35,9 @@ def network(request, model):
 
 
 def sample(model, network, reference, batch=2, steps=1, gates=(0.6,), **kwargs):
-    link = dataclasses.replace(tiny.link_for(network, tiny.tiny_reference(), **kwargs), reference=reference, gates=gates)
+    link = dataclasses.replace(
+        tiny.link_for(network, tiny.tiny_reference(), **kwargs), reference=reference, gates=gates
+    )
     return tiny.ksample(runtime.attach(model, link), P, N, noise=tiny.noise_for(batch), steps=steps)
 
 
@@ -48,7 +52,10 @@ CHOSEN = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.5, 1.0, 2
 def test_every_way_to_combine_equals_the_naive_reference(model, network, combine):
     @settings(max_examples=6, deadline=None, print_blob=False)
     @given(
-        CHOSEN.filter(lambda chosen: any(weight for _, weight in chosen)), st.integers(1, 5), st.booleans(), st.booleans()
+        CHOSEN.filter(lambda chosen: any(weight for _, weight in chosen)),
+        st.integers(1, 5),
+        st.booleans(),
+        st.booleans(),
     )
     def check(chosen, batch, negative, per_row):
         check_combined(model, network, combine, chosen, batch, negative, per_row)
@@ -75,19 +82,27 @@ def check_combined(model, network, combine, chosen, batch, negative, per_row):
         mask=torch.rand(2, 16, 16, generator=tiny.generator(4)) if per_row else None,
     )
     product = combine_references(
-        [REFERENCES[number] for number, _ in chosen], tuple(weight for _, weight in chosen), combine, regions, spec.negative
+        [REFERENCES[number] for number, _ in chosen],
+        tuple(weight for _, weight in chosen),
+        combine,
+        regions,
+        spec.negative,
     )
     gates = GateBatch((0.9, 0.2, 0.5), "repeat") if per_row else (0.6,)
     link = dataclasses.replace(spec.link(gates), reference=product)
     noise = tiny.noise_for(batch)
-    expected = tiny.ksample(naive.attach(model, [spec], PROMPTS, naive.Picture(batch, 8, 8)), P, N, noise=noise, steps=1)
+    expected = tiny.ksample(
+        naive.attach(model, [spec], PROMPTS, naive.Picture(batch, 8, 8)), P, N, noise=noise, steps=1
+    )
     assert close(tiny.ksample(runtime.attach(model, link), P, N, noise=noise, steps=1), expected)
 
 
 @pytest.mark.parametrize("negative", [None, REFERENCES[2]], ids=["", "negative"])
 def test_weights_of_concatenate_count_like_copies(model, network, negative):
     a, b = REFERENCES[0], REFERENCES[1]
-    combine = lambda parts, *weights: sample(model, network, combine_references(parts, weights, "concatenate", None, negative))  # noqa: E731
+    combine = lambda parts, *weights: sample(
+        model, network, combine_references(parts, weights, "concatenate", None, negative)
+    )
     equal = combine([a, b], 1.0, 1.0)
     assert close(combine([a, b], 2.0, 1.0), combine([a, a, b], 1.0, 1.0, 1.0))
     assert close(combine([a, b], 2.0, 1.0), combine([a, b], 5.0, 2.5))
@@ -106,7 +121,7 @@ def test_concatenate_of_pictures_is_like_one_encode_of_all_for_the_preservation(
 
 def test_average_of_equal_references_is_one_and_goes_from_one_to_the_other(model, network):
     a, same, b = REFERENCES[0], tiny.tiny_reference(9), REFERENCES[3]
-    average = lambda parts, *weights: sample(model, network, combine_references(parts, weights, "average"))  # noqa: E731
+    average = lambda parts, *weights: sample(model, network, combine_references(parts, weights, "average"))
     one = sample(model, network, a)
     assert close(average([a, same, a], 1.0, 2.0, 0.5), one)
     assert close(average([a, b], 1.0, 0.0), one) and close(average([a, b], 0.0, 1.0), sample(model, network, b))
@@ -155,7 +170,26 @@ def test_regions_go_with_a_mask_a_gate_mask_and_gates_per_row(model, network):
     )
     noise = tiny.noise_for(3, 9, 13)
     expected = tiny.ksample(naive.attach(model, [spec], PROMPTS, naive.Picture(3, 9, 13)), P, N, noise=noise, steps=1)
-    assert close(tiny.ksample(runtime.attach(model, spec.link(GateBatch((0.1, 0.9), "repeat"))), P, N, noise=noise, steps=1), expected)
+    assert close(
+        tiny.ksample(runtime.attach(model, spec.link(GateBatch((0.1, 0.9), "repeat"))), P, N, noise=noise, steps=1),
+        expected,
+    )
+
+
+def test_an_area_prompt_sees_its_part_of_every_region(model, network):
+    box = (2, 3, 5, 4)
+    positive = nodes.ConditioningSetArea().append(P, 4 * 8, 5 * 8, 3 * 8, 2 * 8, 1.0)[0] + M
+    declared = [
+        naive.Prompt(P[0][0][0], False, box),
+        naive.Prompt(M[0][0][0], False),
+        naive.Prompt(N[0][0][0], True, box),
+    ]
+    spec = naive.Spec(network, REFERENCES[:2], combine="one per region", regions=REGIONS)
+    noise = tiny.noise_for(2, 9, 8)
+    expected = tiny.ksample(
+        naive.attach(model, [spec], declared, naive.Picture(2, 9, 8)), positive, N, noise=noise, steps=1
+    )
+    assert close(tiny.ksample(runtime.attach(model, spec.link()), positive, N, noise=noise, steps=1), expected)
 
 
 def test_a_place_of_no_region_keeps_the_text_attention_bit_for_bit(model, network):
@@ -198,12 +232,14 @@ def report_line(model, network, reference, start, **kwargs):
 
 
 def combined_by_node(parts, combine="concatenate", weights="", **kwargs):
-    return FlexIPCombineReferences.execute({f"reference_{i}": part for i, part in enumerate(parts)}, combine, weights, **kwargs).args[0]
+    return FlexIPCombineReferences.execute(
+        {f"reference_{i}": part for i, part in enumerate(parts)}, combine, weights, **kwargs
+    ).args[0]
 
 
 def test_other_weights_gates_strengths_or_ways_to_combine_project_nothing_again(model, network):
     parts = [tiny.tiny_reference(seed) for seed in (31, 32)]
-    line = lambda reference, **kwargs: report_line(model, network, reference, "K/V", **kwargs)  # noqa: E731
+    line = lambda reference, **kwargs: report_line(model, network, reference, "K/V", **kwargs)
     assert line(combined_by_node(parts)) == "K/V: 8 projected, 0 reused"
     for combine in ("concatenate", "average", "one per batch item", "one per region"):
         masks = {"masks": REGIONS} if combine == "one per region" else {}
@@ -215,7 +251,7 @@ def test_other_weights_gates_strengths_or_ways_to_combine_project_nothing_again(
 @pytest.mark.parametrize("combine", ["average", "one per batch item"])
 def test_other_weights_for_pictures_that_are_taken_apart_project_nothing_again(model, network, combine):
     part = tiny.tiny_reference(33, pictures=2)
-    line = lambda weights: report_line(model, network, combined_by_node([part], combine, weights), "K/V")  # noqa: E731
+    line = lambda weights: report_line(model, network, combined_by_node([part], combine, weights), "K/V")
     assert line("1") == "K/V: 8 projected, 0 reused"
     assert line("2") == "K/V: 0 projected, 8 reused"
 
@@ -223,22 +259,25 @@ def test_other_weights_for_pictures_that_are_taken_apart_project_nothing_again(m
 def test_the_report_counts_references_pictures_and_tokens(model, network):
     reference = combined_by_node(REFERENCES[:3], weights="1, 0.5, 2", negative=REFERENCES[3])
     line = report_line(model, network, reference, "reference")
-    assert line == "reference: 6 picture(s) in 3 references, concatenate, weights 1, 0.5, 2, with a negative reference, tokens 42 + 231"
+    assert (
+        line
+        == "reference: 6 picture(s) in 3 references, concatenate, weights 1, 0.5, 2, with a negative reference, tokens 42 + 231"
+    )
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(parts=[]), "no reference is wired"),
-        (dict(weights="1"), "1 weights for 2 references"),
-        (dict(weights="0, 0"), "all weights are 0"),
-        (dict(weights="1, -1"), "weights must be numbers from 0 to 10"),
-        (dict(combine="one per region"), "needs masks"),
-        (dict(combine="one per region", masks=torch.ones(3, 8, 8)), "3 masks for 2 references"),
-        (dict(masks=torch.ones(2, 8, 8)), "only used by one per region"),
-        (dict(parts=[REFERENCES[0], dataclasses.replace(REFERENCES[1], needs=("other",))]), "different adapters"),
-        (dict(negative=dataclasses.replace(REFERENCES[1], needs=("other",))), "different adapters"),
-        (dict(parts=[combine_references(REFERENCES[:2], (), "average"), REFERENCES[0]]), "another FlexIP Combine"),
+        ({"parts": []}, "no reference is wired"),
+        ({"weights": "1"}, "1 weights for 2 references"),
+        ({"weights": "0, 0"}, "all weights are 0"),
+        ({"weights": "1, -1"}, "weights must be numbers from 0 to 10"),
+        ({"combine": "one per region"}, "needs masks"),
+        ({"combine": "one per region", "masks": torch.ones(3, 8, 8)}, "3 masks for 2 references"),
+        ({"masks": torch.ones(2, 8, 8)}, "only used by one per region"),
+        ({"parts": [REFERENCES[0], dataclasses.replace(REFERENCES[1], needs=("other",))]}, "different adapters"),
+        ({"negative": dataclasses.replace(REFERENCES[1], needs=("other",))}, "different adapters"),
+        ({"parts": [combine_references(REFERENCES[:2], (), "average"), REFERENCES[0]]}, "another FlexIP Combine"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,
 )

@@ -59,7 +59,8 @@ def describe(node):
 
 
 def current():
-    return {node.define_schema().node_id: describe(node) for node in node_classes()}
+    nodes = {node.define_schema().node_id: describe(node) for node in node_classes()}
+    return json.loads(json.dumps(nodes))  # as the file holds it: tuples are lists there
 
 
 def check_compatible(old, new):

@@ -7,6 +7,7 @@ import tiny
 import torch
 from comfy_extras import nodes_context_windows
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+from comfy_extras.nodes_perpneg import PerpNeg
 from flexip_pack.nodes import runtime
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -89,7 +90,9 @@ def test_masks_have_two_to_four_dimensions(model, network, shape):
     masks = random_masks(5, *shape)
     flat = masks.reshape(-1, 16, 20)
     noise = tiny.noise_for(3, 8, 10)
-    expected = tiny.ksample(naive.attach(model, [spec(network, mask=flat)], PLAIN, naive.Picture(3, 8, 10)), P, N, noise=noise)
+    expected = tiny.ksample(
+        naive.attach(model, [spec(network, mask=flat)], PLAIN, naive.Picture(3, 8, 10)), P, N, noise=noise
+    )
     got = tiny.ksample(runtime.attach(model, spec(network, mask=masks).link()), P, N, noise=noise)
     assert tiny.relative_error(got, expected) < TOLERANCE
 
@@ -120,25 +123,24 @@ def black_tokens(mask, height, width, grid):
 
 @pytest.mark.parametrize("gate_mask", [None, random_masks(8, 1, 18, 26)], ids=["one gate", "gate mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_masked_out_place_keeps_the_text_attention_bit_for_bit(dtype, gate_mask):
-    for mode in ("outputs", "tokens"):
-        model = tiny.tiny_model(dtype)
-        mask = torch.ones(1, 18, 26)
-        mask[:, :, :12] = 0
-        one = spec(tiny.tiny_network(model, mode), mask=mask, gate_mask=gate_mask)
-        seen = []
+@pytest.mark.parametrize("mode", ["outputs", "tokens"])
+def test_a_masked_out_place_keeps_the_text_attention_bit_for_bit(mode, dtype, gate_mask):
+    model = tiny.tiny_model(dtype)
+    mask = torch.ones(1, 18, 26)
+    mask[:, :, :12] = 0
+    one = spec(tiny.tiny_network(model, mode), mask=mask, gate_mask=gate_mask)
+    seen = []
 
-        def look(address, out, bare, grid):
-            black = black_tokens(mask[0], 9, 13, grid)
-            assert 0 < black.sum() < len(black)
-            assert torch.equal(out[:, black], bare[:, black])
-            assert ((out - bare)[:, ~black].abs().amax(dim=2) > 0).float().mean() > 0.9
-            seen.append(address)
+    def look(address, out, bare, grid):
+        black = black_tokens(mask[0], 9, 13, grid)
+        assert 0 < black.sum() < len(black)
+        assert torch.equal(out[:, black], bare[:, black])
+        assert ((out - bare)[:, ~black].abs().amax(dim=2) > 0).float().mean() > 0.9
+        seen.append(address)
 
-        tiny.ksample(
-            naive.watch_blocks(runtime.attach(model, one.link()), look), P, N, noise=tiny.noise_for(1, 9, 13), steps=1
-        )
-        assert set(seen) == set(one.network.block_widths)
+    watched = naive.watch_blocks(runtime.attach(model, one.link()), look)
+    tiny.ksample(watched, P, N, noise=tiny.noise_for(1, 9, 13), steps=1)
+    assert set(seen) == set(one.network.block_widths)
 
 
 def test_each_latent_of_a_batch_has_its_own_mask(model, network):
@@ -162,7 +164,9 @@ def test_two_subjects_by_chaining_with_masks(model):
     left = torch.zeros(1, 16, 16)
     left[:, :, :8] = 1
     first = spec(tiny.tiny_network(model, "outputs"), mask=left, gates=[0.9])
-    second = naive.Spec(tiny.tiny_network(model, "tokens", seed=5), [tiny.tiny_reference(11)], mask=1 - left, gates=[0.2])
+    second = naive.Spec(
+        tiny.tiny_network(model, "tokens", seed=5), [tiny.tiny_reference(11)], mask=1 - left, gates=[0.2]
+    )
     noise = tiny.noise_for(2, 9, 13)
     got = tiny.ksample(runtime.attach(runtime.attach(model, first.link()), second.link()), P, N, noise=noise)
     expected = tiny.ksample(naive.attach(model, [first, second], PLAIN, naive.Picture(2, 9, 13)), P, N, noise=noise)
@@ -173,7 +177,9 @@ def test_inpainting(model, network):
     g = tiny.generator(6)
     latent = torch.randn(2, 4, 8, 8, generator=g)
     one = spec(network, mask=random_masks(1, 2, 64, 64), gate_mask=random_masks(2, 1, 64, 64))
-    run = sampled(tiny.noise_for(2), mask=(torch.rand(1, 1, 64, 64, generator=g) > 0.5).float(), latent=latent, denoise=0.6)
+    run = sampled(
+        tiny.noise_for(2), mask=(torch.rand(1, 1, 64, 64, generator=g) > 0.5).float(), latent=latent, denoise=0.6
+    )
     check(model, one, run, naive.Picture(2, 8, 8))
 
 
@@ -184,7 +190,11 @@ def test_an_area_prompt_sees_its_part_of_the_mask(model, network):
     one = spec(network, mask=mask, gate_mask=random_masks(4, 1, 9, 13))
     box = (3, 2, 5, 7)
     positive = nodes.ConditioningSetArea().append(P, 7 * 8, 5 * 8, 2 * 8, 3 * 8, 1.0)[0] + M
-    declared = [naive.Prompt(P[0][0][0], False, box), naive.Prompt(M[0][0][0], False), naive.Prompt(N[0][0][0], True, box)]
+    declared = [
+        naive.Prompt(P[0][0][0], False, box),
+        naive.Prompt(M[0][0][0], False),
+        naive.Prompt(N[0][0][0], True, box),
+    ]
     check(model, one, sampled(tiny.noise_for(2, 9, 13), positive), naive.Picture(2, 9, 13), declared)
 
 
@@ -210,11 +220,24 @@ def test_a_mask_prompt_cropped_to_its_bounds(model, network):
     sizes = []
     noise = tiny.noise_for(1, 16, 16)
     bare = model.clone()
-    bare.add_wrapper_with_key("apply_model", "spy", lambda e, *a, **k: (sizes.append(tuple(a[0].shape[-2:])), e(*a, **k))[1])
+    bare.add_wrapper_with_key(
+        "apply_model", "spy", lambda e, *a, **k: (sizes.append(tuple(a[0].shape[-2:])), e(*a, **k))[1]
+    )
     tiny.ksample(bare, positive, N, noise=noise, steps=1)
     box = (4, 2, *next(size for size in sizes if size != (16, 16)))
-    declared = [naive.Prompt(P[0][0][0], False, box), naive.Prompt(M[0][0][0], False), naive.Prompt(N[0][0][0], True, box)]
+    declared = [
+        naive.Prompt(P[0][0][0], False, box),
+        naive.Prompt(M[0][0][0], False),
+        naive.Prompt(N[0][0][0], True, box),
+    ]
     check(model, one, sampled(noise, positive), naive.Picture(1, 16, 16), declared)
+
+
+def test_a_call_that_a_node_makes_itself_sees_every_rows_gate_and_the_mask(model, network):
+    """The old PerpNeg node's empty prompt comes without any tag of ours."""
+    one = spec(network, gates=[0.9, 0.2], mask=random_masks(1, 1, 9, 13), gate_mask=random_masks(2, 1, 5, 5))
+    run = lambda m: tiny.ksample(PerpNeg.execute(m, M, 1.0).args[0], P, N, noise=tiny.noise_for(2, 9, 13), steps=1)
+    check(model, one, run, naive.Picture(2, 9, 13), prompts((P, False), (N, True), (M, True)))
 
 
 def windows(model, dim, causal, length=4):
@@ -233,9 +256,10 @@ def windows(model, dim, causal, length=4):
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["", "with an anchor frame"])
-def test_context_windows_over_the_batch_keep_every_frames_mask(model, network, causal):
-    one = spec(network, mask=random_masks(1, 7, 16, 16), gate_mask=random_masks(2, 3, 16, 16))
-    run = lambda m: tiny.ksample(windows(m, 0, causal), P, N, noise=tiny.noise_for(7), steps=1)  # noqa: E731
+def test_context_windows_over_the_batch_keep_every_frames_mask_and_gate(model, network, causal):
+    gates = [0.0, 0.9, 0.3, 1.0, 0.6, 0.2, 0.8]
+    one = spec(network, gates=gates, mask=random_masks(1, 7, 16, 16), gate_mask=random_masks(2, 3, 16, 16))
+    run = lambda m: tiny.ksample(windows(m, 0, causal), P, N, noise=tiny.noise_for(7), steps=1)
     check(model, one, run, naive.Picture(7, 8, 8))
 
 
@@ -243,7 +267,7 @@ def test_context_windows_over_the_batch_keep_every_frames_mask(model, network, c
 @pytest.mark.parametrize("dim", [2, 3], ids=["height", "width"])
 def test_context_windows_over_height_or_width_show_their_part_of_the_mask(model, network, dim, causal):
     one = spec(network, mask=random_masks(1, 1, 18, 26), gate_mask=random_masks(2, 1, 18, 26))
-    run = lambda m: tiny.ksample(windows(m, dim, causal), P, N, noise=tiny.noise_for(1, 9, 13), steps=1)  # noqa: E731
+    run = lambda m: tiny.ksample(windows(m, dim, causal), P, N, noise=tiny.noise_for(1, 9, 13), steps=1)
     check(model, one, run, naive.Picture(1, 9, 13))
 
 
@@ -251,7 +275,7 @@ def test_deep_shrink_is_followed_on_the_grid_that_a_block_really_has(model, netw
     """PatchModelAddDownscale halves the image inside the UNet, unknown to the mask."""
     mask = torch.zeros(1, 16, 16)
     mask[:, :, 8:] = 1
-    shrink = lambda m: PatchModelAddDownscale.execute(m, 1, 2.0, 0.0, 1.0, True, "bicubic", "bicubic").args[0]  # noqa: E731
+    shrink = lambda m: PatchModelAddDownscale.execute(m, 1, 2.0, 0.0, 1.0, True, "bicubic", "bicubic").args[0]
     noise = tiny.noise_for(1, 16, 16)
     grids = set()
 
@@ -289,36 +313,48 @@ class BBox:
         return t[:, :, self.y : self.y + self.h, self.x : self.x + self.w]
 
 
-def tiled(crop, boxes=BOXES, publish=False, at_once=2, told=None):
-    """A model_function_wrapper that works tile by tile, all rows of a tile together; `crop` says what becomes of a kwarg.
+def tiled(crop, publish=False, shift=(0, 0), by_height=True, told=None):
+    """A model_function_wrapper that works tile by tile, two tiles at once, all rows of a tile together.
 
-    `told` collects, for the naive reference, what each call shows.
+    `crop` says what becomes of a kwarg, `publish` tells the boxes in transformer_options. With a shift the image is rolled before and
+    after, as SpotDiffusion does it: of two shifts only one counts. `told` collects, for the naive reference, what each row shows.
     """
+    down, right = shift if 0 in shift else (shift[0], 0) if by_height else (0, shift[1])
 
     def wrapper(apply_model, arguments):
-        x, t, c = arguments["input"], arguments["timestep"], dict(arguments["c"])
+        x, t, c = arguments["input"].roll((down, right), (2, 3)), arguments["timestep"], arguments["c"]
         out, count = torch.zeros_like(x), torch.zeros_like(x)
-        for start in range(0, len(boxes), at_once):
-            group = [BBox(box) for box in boxes[start : start + at_once]]
+        for first in (0, 2):
+            group = [BBox(box) for box in BOXES[first : first + 2]]
             tiles = torch.cat([box.cut(x) for box in group])
             part = {k: crop(v, group, x, tiles) if isinstance(v, torch.Tensor) else v for k, v in c.items()}
-            options = dict(c["transformer_options"])
+            part["transformer_options"] = dict(c["transformer_options"])
             if publish:
-                options["tiled_diffusion_bboxes"] = group
-            part["transformer_options"] = options
+                part["transformer_options"] |= {
+                    "tiled_diffusion_bboxes": group,
+                    "tiled_diffusion_full_shape": tuple(x.shape[2:]),
+                    "tiled_diffusion_shift": shift,
+                    "tiled_diffusion_shift_condition": by_height,
+                }
             if told is not None:
-                told[:] = [(row, box) for box in boxes[start : start + at_once] for row in range(len(x))]
-            done = apply_model(tiles, t.repeat(len(group)), **part)
-            for box, rows in zip(group, done.split(len(x))):
+                sides = [naive.sides(box) for box in BOXES[first : first + 2]]
+                rolled = lambda places, by, length: [(place - by) % length for place in places]
+                shown = [(rolled(r, down, x.shape[2]), rolled(c, right, x.shape[3])) for r, c in sides]
+                told[:] = [(row, part) for part in shown for row in range(len(x))]
+            for box, rows in zip(group, apply_model(tiles, t.repeat(2), **part).split(len(x))):
                 box.cut(out).add_(rows)
                 box.cut(count).add_(1)
-        return out / count
+        return (out / count).roll((-down, -right), (2, 3))
 
     return wrapper
 
 
 def repeated(v, rows):
-    return v.expand(rows, *v.shape[1:]) if v.shape[0] == 1 else v.repeat(-(-rows // v.shape[0]), *[1] * (v.dim() - 1))[:rows]
+    return (
+        v.expand(rows, *v.shape[1:])
+        if v.shape[0] == 1
+        else v.repeat(-(-rows // v.shape[0]), *[1] * (v.dim() - 1))[:rows]
+    )
 
 
 def crop_all(v, group, x, tiles):
@@ -335,25 +371,26 @@ def crop_as_tiled_diffusion(v, group, x, tiles):
     return repeated(v, len(tiles))
 
 
-def sample_tiled(m, crop, noise, publish=False, told=None, positive=P):
+def sample_tiled(m, noise, positive=P, negative=N, **kwargs):
+    """The picture and the report."""
     m = m.clone()
-    m.set_model_unet_function_wrapper(tiled(crop, publish=publish, told=told))
+    m.set_model_unet_function_wrapper(tiled(**kwargs))
     reports = []
     m.model_options["transformer_options"][runtime.LISTENER] = reports.append
-    return tiny.ksample(m, positive, N, noise=noise, steps=1), "\n".join(reports)
+    return tiny.ksample(m, positive, negative, noise=noise, steps=1), "\n".join(reports)
 
 
-def naive_tiled(model, one, noise, whole=True):
+def naive_tiled(model, one, noise, whole=True, **kwargs):
     """`whole`: the mask lies over the latent; otherwise over every tile."""
-    batch, told = len(noise), []
+    told = []
 
-    def row(options, row, rows):
-        chunk, box = told[row]
-        return chunk % batch, box if whole else None
+    def row(number):
+        row_of_the_call, shown = told[number]
+        return row_of_the_call % len(noise), shown if whole else None
 
     height, width = noise.shape[-2:] if whole else BOXES[0][2:]
-    picture = naive.Picture(batch, height, width, row)
-    return sample_tiled(naive.attach(model, [one], PLAIN, picture), crop_all, noise, told=told)[0]
+    picture = naive.Picture(len(noise), height, width, row)
+    return sample_tiled(naive.attach(model, [one], PLAIN, picture), noise, crop=crop_all, told=told, **kwargs)[0]
 
 
 @pytest.mark.parametrize(
@@ -365,8 +402,21 @@ def naive_tiled(model, one, noise, whole=True):
 def test_tiles_see_their_part_of_the_mask(model, network, crop, publish, batch):
     one = spec(network, mask=random_masks(1, batch, 18, 26), gate_mask=random_masks(2, 1, 18, 26))
     noise = tiny.noise_for(batch, 9, 13)
-    got, report = sample_tiled(runtime.attach(model, one.link()), crop, noise, publish)
+    got, report = sample_tiled(runtime.attach(model, one.link()), noise, crop=crop, publish=publish)
     assert tiny.relative_error(got, naive_tiled(model, one, noise)) < TOLERANCE
+    assert "WARNING" not in report
+
+
+@pytest.mark.parametrize("shift", [(2, 0), (0, 5), (4, 7)], ids=str)
+@pytest.mark.parametrize("by_height", [True, False], ids=["height", "width"])
+def test_published_tiles_of_a_rolled_image_see_their_part_of_the_mask(model, shift, by_height):
+    """SpotDiffusion moves the image under its tiles; where it could move it both ways, it takes turns."""
+    one = spec(tiny.tiny_network(model), mask=random_masks(1, 1, 9, 13), gate_mask=random_masks(2, 1, 18, 26))
+    noise, rolled = tiny.noise_for(2, 9, 13), {"shift": shift, "by_height": by_height}
+    got, report = sample_tiled(
+        runtime.attach(model, one.link()), noise, crop=crop_as_tiled_diffusion, publish=True, **rolled
+    )
+    assert tiny.relative_error(got, naive_tiled(model, one, noise, **rolled)) < TOLERANCE
     assert "WARNING" not in report
 
 
@@ -374,7 +424,7 @@ def test_a_tiling_that_tells_nothing_gets_the_mask_over_every_tile_and_a_warning
     """TiledDiffusion by shiimizu: nothing is published, and no kwarg of the latent's size may reach it."""
     one = spec(network, mask=random_masks(1, 1, 9, 13))
     noise = tiny.noise_for(2, 9, 13)
-    got, report = sample_tiled(runtime.attach(model, one.link()), crop_as_tiled_diffusion, noise)
+    got, report = sample_tiled(runtime.attach(model, one.link()), noise, crop=crop_as_tiled_diffusion)
     over_tiles = spec(network, mask=torch.tensor(naive.on_latent(one.mask[0].tolist(), 6, 8))[None])
     assert tiny.relative_error(got, naive_tiled(model, over_tiles, noise, whole=False)) < TOLERANCE
     assert "WARNING" in report and "tile" in report
@@ -383,7 +433,7 @@ def test_a_tiling_that_tells_nothing_gets_the_mask_over_every_tile_and_a_warning
 def test_a_tiling_without_masks_needs_no_warning(model, network):
     one = spec(network)
     noise = tiny.noise_for(2, 9, 13)
-    got, report = sample_tiled(runtime.attach(model, one.link()), crop_as_tiled_diffusion, noise)
+    got, report = sample_tiled(runtime.attach(model, one.link()), noise, crop=crop_as_tiled_diffusion)
     assert tiny.relative_error(got, naive_tiled(model, one, noise)) < TOLERANCE
     assert "WARNING" not in report
 
@@ -393,14 +443,11 @@ def test_published_boxes_inside_an_area_prompt_are_counted_from_the_areas_corner
     mask = torch.zeros(1, 12, 13)
     mask[:, 3:, :] = 1
     one = spec(network, mask=mask)
-    positive = nodes.ConditioningSetArea().append(P, 13 * 8, 9 * 8, 0, 3 * 8, 1.0)[0]
-    negative = nodes.ConditioningSetArea().append(N, 13 * 8, 9 * 8, 0, 3 * 8, 1.0)[0]
+    positive, negative = (nodes.ConditioningSetArea().append(c, 13 * 8, 9 * 8, 0, 3 * 8, 1.0)[0] for c in (P, N))
     noise = tiny.noise_for(1, 12, 13)
 
     def run(m):
-        m = m.clone()
-        m.set_model_unet_function_wrapper(tiled(crop_as_tiled_diffusion, publish=True))
-        return tiny.ksample(m, positive, negative, noise=noise, steps=1)
+        return sample_tiled(m, noise, positive, negative, crop=crop_as_tiled_diffusion, publish=True)[0]
 
     # everything that any tile shows is white
     got, expected = (run(runtime.attach(model, s.link())) for s in (one, spec(network)))

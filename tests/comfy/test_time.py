@@ -8,6 +8,7 @@ import torch
 from comfy_extras import nodes_custom_sampler as custom
 from flexip_pack.flexip_core.schedule import GateBatch, GateCurve, PercentOfSigma, preset_curve
 from flexip_pack.nodes import runtime
+from flexip_pack.nodes import sampler as sampler_node
 from flexip_pack.nodes.sampler import FlexIPSampler
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,7 +98,7 @@ def calls_of(m, run, value=lambda branches: None):
 def test_the_gate_of_every_call_is_the_curve_at_its_sigma(model, outputs_network, name):
     """V of the preservation branch is scaled by the gate, V of the other one by the rest."""
     ends = {}
-    value = lambda branches: [branch.v.norm() for branch in branches[0, "middle.0.0"]]  # noqa: E731
+    value = lambda branches: [branch.v.norm() for branch in branches[0, "middle.0.0"]]
     for end in (0.0, 1.0):
         ends[end] = calls_of(gated(model, outputs_network, end), RUNS["euler 3"], value)[0][0][1][int(1 - end)]
     calls, _ = calls_of(gated(model, outputs_network, CURVE), RUNS[name], value)
@@ -128,22 +129,33 @@ def test_every_call_equals_that_call_of_a_run_with_its_constant_gate(model, netw
                 g.set_conds(P, N),
                 setattr(g, "model_options", m.model_options),
                 setattr(g, "model_patcher", m),
-                g.sample(tiny.noise_for(), torch.zeros(1, 4, 8, 8), comfy.samplers.KSAMPLER(f), torch.tensor([1.0, 0.0]), disable_pbar=True),
+                g.sample(
+                    tiny.noise_for(),
+                    torch.zeros(1, 4, 8, 8),
+                    comfy.samplers.KSAMPLER(f),
+                    torch.tensor([1.0, 0.0]),
+                    disable_pbar=True,
+                ),
             ),
         )
         assert torch.equal(again[0][2], x) and torch.equal(again[0][3], result)
 
 
 @pytest.mark.parametrize("sampler, steps", [("euler", 4), ("heun", 3)])
-def test_a_run_with_a_curve_equals_the_naive_reference(model, network, sampler, steps):
-    spec = naive.Spec(network, [tiny.tiny_reference()], gates=BY_HAND, window=(0.0, 0.8), strength=0.9)
+def test_a_run_with_a_curve_and_masks_equals_the_naive_reference(model, network, sampler, steps):
+    masks = torch.rand(2, 16, 16, generator=tiny.generator(3))
+    spec = naive.Spec(network, [tiny.tiny_reference()], BY_HAND, 0.9, (0.0, 0.8), mask=masks[:1], gate_mask=masks)
     run = ksample(sampler=sampler, steps=steps, noise=tiny.noise_for(2))
     expected = run(naive.attach(model, [spec], PROMPTS, naive.Picture(2, 8, 8)))
     # the product reads the curve from a table of sigmas
     assert tiny.relative_error(run(runtime.attach(model, spec.link(CURVE))), expected) < 1e-3
 
 
-@pytest.mark.parametrize("gates", [preset_curve("constant", 0.3, 0.9), GateBatch((0.3,), "interpolate"), GateBatch((0.3, 0.3), "repeat")], ids=["curve", "one for all", "alike"])
+@pytest.mark.parametrize(
+    "gates",
+    [preset_curve("constant", 0.3, 0.9), GateBatch((0.3,), "interpolate"), GateBatch((0.3, 0.3), "repeat")],
+    ids=["curve", "one for all", "alike"],
+)
 def test_a_constant_schedule_is_the_constant_gate_bit_for_bit(model, network, gates):
     run = ksample(noise=tiny.noise_for(3), steps=3)
     assert torch.equal(run(gated(model, network, gates)), run(gated(model, network, 0.3)))
@@ -198,9 +210,9 @@ def test_gates_along_the_batch_equal_single_runs(model, network, batch, spread, 
 
 def swept(m, gates="", strengths="", batch=3, steps=2):
     latent = {"samples": torch.zeros(batch, 4, 8, 8)}
-    return FlexIPSampler.execute(
-        m, 0, steps, 7.0, "euler", "normal", P, N, latent, 1.0, gates, None, strengths
-    ).args[0]["samples"]
+    return FlexIPSampler.execute(m, 0, steps, 7.0, "euler", "normal", P, N, latent, 1.0, gates, None, strengths).args[
+        0
+    ]["samples"]
 
 
 @pytest.mark.parametrize(
@@ -247,11 +259,38 @@ def test_a_sweep_starts_masks_batches_and_earlier_links_again_for_every_copy(mod
         assert tiny.relative_error(together[3 * number : 3 * number + 3], swept(chain(gate))) < TOLERANCE
 
 
+class PlainVae:
+    def decode(self, samples):
+        return samples[:, :3].movedim(1, -1)
+
+
+def test_the_contact_sheet_of_strengths_over_a_gate_batch_has_a_column_per_latent_and_a_row_per_strength(
+    model, outputs_network, monkeypatch
+):
+    shown = []
+
+    def sheet(pictures, labels, row_labels):
+        shown.append((pictures, labels, row_labels))
+        return torch.zeros(1, 8, 8, 3)
+
+    monkeypatch.setattr(sampler_node, "contact_sheet", sheet)
+    m = gated(model, outputs_network, GateBatch((0.0, 1.0), "interpolate"))
+    latent = {"samples": torch.zeros(3, 4, 8, 8)}
+    out = FlexIPSampler.execute(m, 0, 1, 7.0, "euler", "normal", P, N, latent, 1.0, "", PlainVae(), "0.5, 1").args[0]
+    pictures, labels, row_labels = shown[0]
+    assert (list(labels), list(row_labels)) == (["gate 0", "gate 0.5", "gate 1"], ["strength 0.5", "strength 1"])
+    for column in range(3):
+        for row in range(2):
+            assert torch.equal(pictures[column * 2 + row], PlainVae().decode(out["samples"])[row * 3 + column])
+
+
 def test_a_curve_in_one_link_of_a_chain_leaves_the_others_gate_alone(model):
     first = naive.Spec(tiny.tiny_network(model), [tiny.tiny_reference()], gates=BY_HAND)
     second = naive.Spec(tiny.tiny_network(model, "tokens", seed=5), [tiny.tiny_reference(11)], gates=[0.2, 0.9])
     noise = tiny.noise_for(2)
-    got = tiny.ksample(runtime.attach(runtime.attach(model, first.link(CURVE)), second.link()), P, N, noise=noise, steps=3)
+    got = tiny.ksample(
+        runtime.attach(runtime.attach(model, first.link(CURVE)), second.link()), P, N, noise=noise, steps=3
+    )
     expected = tiny.ksample(
         naive.attach(model, [first, second], PROMPTS, naive.Picture(2, 8, 8)), P, N, noise=noise, steps=3
     )
