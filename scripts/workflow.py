@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 NOTES = ("Note", "MarkdownNote")
-WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "CURVE")
 CONTROL_VALUES = ("fixed", "increment", "decrement", "randomize")
 
 
@@ -54,10 +54,13 @@ def _inputs(node: Mapping[str, Any], object_info: Mapping[str, Any], sources: Ma
 def _widget_values(node: Mapping[str, Any], info: Mapping[str, Any], title: str) -> Iterator[tuple[str, Any]]:
     values = list(node.get("widgets_values") or [])
     position, uploads = 0, 0
-    for name, (kind, options) in _declared(info):
+    for name, kind, options, is_optional in _declared(info):
         if not (isinstance(kind, list) or kind in WIDGET_TYPES) or options.get("forceInput"):
             continue  # a socket
         if position >= len(values):
+            if is_optional and "default" in options:
+                yield name, options["default"]  # added to the node after the workflow was saved
+                continue
             raise ValueError(
                 f"{title} saves {len(values)} widget values, but has a widget {name!r} after them. "
                 "Save the workflow again with this version of its pack."
@@ -75,13 +78,16 @@ def _widget_values(node: Mapping[str, Any], info: Mapping[str, Any], title: str)
         )
 
 
-def _declared(info: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, dict[str, Any]]]]:
-    """Every input in the page's order: name, (type or list of choices, options)."""
+def _declared(info: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any], bool]]:
+    """Every input in the page's order: name, type or list of choices, options, whether it is optional.
+
+    A growing input is one socket here; a workflow's wires go to its parts, such as "references.reference_0", as in a prompt.
+    """
     for group in ("required", "optional"):
         for name in info.get("input_order", {}).get(group, []):
             kind, *options = info["input"][group][name]
-            yield name, (kind, options[0] if options else {})
+            yield name, kind, options[0] if options else {}, group == "optional"
 
 
 def _has_control(name: str, kind: Any, options: Mapping[str, Any]) -> bool:
-    return bool(options.get("control_after_generate")) or (kind == "INT" and name in ("seed", "noise_seed"))
+    return bool(options.get("control_after_generate", kind == "INT" and name in ("seed", "noise_seed")))

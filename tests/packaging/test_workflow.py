@@ -1,15 +1,20 @@
-"""scripts/workflow.py on hand-made graphs; tests/server compares it with what the web page makes of the same file."""
+"""scripts/workflow.py on hand-made graphs (tests/server compares it with what the web page makes of the same file), and what
+the shipped workflows look like."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO / "scripts"))
 from workflow import nodes_of, set_inputs, to_prompt  # noqa: E402
 
 OBJECT_INFO = {
@@ -33,6 +38,16 @@ OBJECT_INFO = {
             "hidden": ["prompt"],
         },
     },
+    "Combine": {
+        "input": {
+            "required": {
+                "parts": ["COMFY_AUTOGROW_V3", {"template": {}}],
+                "seed": ["INT", {"control_after_generate": False}],
+            },
+            "optional": {"curve": ["CURVE", {"socketless": False}], "list": ["STRING", {"default": "0, 1"}]},
+        },
+        "input_order": {"required": ["parts", "seed"], "optional": ["curve", "list"]},
+    },
 }
 WORKFLOW = {
     "nodes": [
@@ -54,6 +69,8 @@ WORKFLOW = {
     ],
     "links": [[11, 3, 0, 7, 0, "IMAGE"], [12, 3, 1, 7, 1, "INT"]],
 }
+SHIPPED = sorted((REPO / "workflows").glob("*.json"))
+TITLE = 30  # pixels above a node's position
 
 
 def workflow(**changes: Any) -> dict[str, Any]:
@@ -76,6 +93,19 @@ def test_widgets_links_controls_and_notes() -> None:
 def test_a_seed_without_control_value() -> None:
     prompt = to_prompt(workflow(widgets_values=[5, 20, "y", True]), OBJECT_INFO)
     assert prompt["7"]["inputs"]["seed"] == 5 and prompt["7"]["inputs"]["mode"] == "y"
+
+
+def test_growing_inputs_curves_and_a_seed_without_control() -> None:
+    curve = {"points": [[0, 0.9], [1, 0.3]], "interpolation": "linear"}
+    slots = [{"name": f"parts.part_{number}", "link": link} for number, link in enumerate((11, 12, None))]
+    node = {"id": 7, "type": "Combine", "inputs": slots, "widgets_values": [5, curve, "1"]}
+    inputs = to_prompt({"nodes": [node], "links": WORKFLOW["links"]}, OBJECT_INFO)["7"]["inputs"]
+    assert inputs == {"seed": 5, "curve": curve, "list": "1", "parts.part_0": ["3", 0], "parts.part_1": ["3", 1]}
+
+
+def test_an_optional_widget_that_came_after_the_workflow_was_saved_has_its_default() -> None:
+    node = {"id": 7, "type": "Combine", "widgets_values": [5, {"points": []}]}
+    assert to_prompt({"nodes": [node], "links": []}, OBJECT_INFO)["7"]["inputs"]["list"] == "0, 1"
 
 
 @pytest.mark.parametrize(
@@ -101,3 +131,41 @@ def test_set_inputs_changes_every_node_of_a_class_and_no_unknown_name() -> None:
         set_inputs(prompt, "Load", picture="a.png")
     with pytest.raises(ValueError, match="no Save node"):
         set_inputs(prompt, "Save", x=1)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_workflow_is_tidy(path: Path) -> None:
+    """Nodes lie apart, a note explains it, wires are whole, and no picture is needed that ComfyUI does not have."""
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    boxes = [(*node["pos"], *node["size"], f"{node['id']} ({node['type']})") for node in graph["nodes"]]
+    for (x1, y1, w1, h1, one), (x2, y2, w2, h2, other) in itertools.combinations(boxes, 2):
+        apart = x1 + w1 <= x2 or x2 + w2 <= x1 or y1 + h1 <= y2 - TITLE or y2 + h2 <= y1 - TITLE
+        assert apart, f"{one} overlaps {other}"
+    by_type: dict[str, list[dict]] = {}
+    for node in graph["nodes"]:
+        by_type.setdefault(node["type"], []).append(node)
+    assert len(by_type["MarkdownNote"]) == 1 and "models/checkpoints" in by_type["MarkdownNote"][0]["widgets_values"][0]
+    assert {node["widgets_values"][0] for node in by_type["LoadImage"]} == {"example.png"}
+    slots = {
+        (node["id"], number): slot.get("link")
+        for node in graph["nodes"]
+        for number, slot in enumerate(node.get("inputs", []))
+    }
+    assert sorted(link for link in slots.values() if link is not None) == sorted(link[0] for link in graph["links"])
+    for number, source, output, target, slot, _ in graph["links"]:
+        assert slots[target, slot] == number
+        sender = next(node for node in graph["nodes"] if node["id"] == source)
+        assert number in sender["outputs"][output]["links"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_workflow_has_a_thumbnail(path: Path) -> None:
+    picture = path.with_suffix(".jpg")
+    assert picture.stat().st_size < 60_000
+    with Image.open(picture) as image:
+        assert image.format == "JPEG" and image.width == 640
+
+
+def test_workflow_names_fit_the_pages_link_to_a_template() -> None:
+    for path in SHIPPED:
+        assert path.stem.startswith("flexip_") and path.stem.replace("_", "").isalnum()

@@ -30,7 +30,7 @@ EVENTS = [
     "b_preview",
 ]
 WORKFLOWS = sorted(path.stem for path in (REPO / "workflows").glob("*.json"))
-MINI_WORKFLOWS = [name for name in WORKFLOWS if "ip_adapter" not in name]  # run with the mini models
+BOTH_SAMPLERS = ["flexip_basic", "flexip_gate_sweep"]  # run in the page; test_templates.py opens and runs all
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,16 +123,7 @@ def make_small(page: Page, seed: int) -> None:
     set_widgets(page, sampler, steps=3, seed=seed)  # a new seed each time: a cached run sends no progress
 
 
-@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name not in MINI_WORKFLOWS])
-def test_ip_adapter_template_opens_without_a_missing_node(page: Page, comfy: ComfyServer, name: str) -> None:
-    """Its model files are not here, which the page marks; its nodes are."""
-    open_template(page, comfy, name)
-    assert page.evaluate("app.graph.nodes.filter(n => !(n.type in LiteGraph.registered_node_types)).length") == 0
-    assert page.evaluate("app.graph.nodes.some(n => n.type == 'MarkdownNote')")
-    assert page.problems == []
-
-
-@pytest.mark.parametrize("name", MINI_WORKFLOWS)
+@pytest.mark.parametrize("name", BOTH_SAMPLERS)
 def test_template_opens_and_runs_without_a_missing_node_or_an_error(page: Page, comfy: ComfyServer, name: str) -> None:
     open_template(page, comfy, name)
     assert page.evaluate(MISSING) == []
@@ -174,7 +165,7 @@ def test_template_is_listed_in_the_browser(page: Page, comfy: ComfyServer) -> No
     assert page.problems == []
 
 
-def test_help_page_of_each_node_opens(page: Page, comfy: ComfyServer) -> None:
+def test_help_page_of_each_node_opens_with_its_picture(page: Page, comfy: ComfyServer) -> None:
     open_template(page, comfy, "flexip_gate_sweep")
     for kind, words in (
         ("ApplyFlexIPGate", "for every sampler"),
@@ -189,6 +180,11 @@ def test_help_page_of_each_node_opens(page: Page, comfy: ComfyServer) -> None:
         if not page.get_by_text(words).count():
             page.click("[data-testid=info-button]")
         page.get_by_text(words).first.wait_for(timeout=10_000)
+        page.wait_for_function(
+            "kind => [...document.images].some(i => i.src.endsWith(`/docs/${kind}.png`) && i.naturalWidth && i.checkVisibility())",
+            arg=kind,
+            timeout=10_000,
+        )
     assert page.problems == []
 
 

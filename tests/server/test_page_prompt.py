@@ -14,6 +14,11 @@ from server import ComfyServer
 from workflow import to_prompt
 
 STOCK = Path(comfyui_workflow_templates.get_asset_path("default", "default.json"))
+FILES = [
+    STOCK,
+    *sorted((REPO / "workflows").glob("*.json")),
+    *sorted((REPO / "tests" / "fixtures" / "shipped_workflows").glob("*.json")),
+]
 READY = "window.app && app.vueAppReady && app.graph && app.graph.nodes.length > 0"
 
 
@@ -28,7 +33,7 @@ def page(comfy: ComfyServer, chromium: str) -> Iterator[Page]:
         browser.close()
 
 
-@pytest.mark.parametrize("path", [STOCK, *sorted((REPO / "workflows").glob("*.json"))], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_same_prompt_as_the_page(comfy: ComfyServer, page: Page, path: Path) -> None:
     workflow = json.loads(path.read_text(encoding="utf-8"))
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
