@@ -67,7 +67,7 @@ class FlexIPAutoGate(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,  # another seed would be another search
                     tooltip="Seed of the first noise; each further noise takes the next.",
                 ),
                 io.Int.Input(

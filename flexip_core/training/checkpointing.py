@@ -70,8 +70,6 @@ def save_state(
     about = {"format": FORMAT, "progress": vars(progress), "config": config, "network": network.to_dict()}
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     write_atomically(path, save(tensors, metadata={STATE_KEY: json.dumps(about, sort_keys=True)}))
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
     for old in states(folder)[:-keep]:
         old.unlink()
     return path

@@ -67,14 +67,15 @@ class Spec:
 
 @dataclass
 class Prompt:
-    """A text of the run: its role, the area of the latent that it is shown, and per link what it brings along."""
+    """A text of the run: its role, the area of the latent that it is shown, and per link what it brings along.
+
+    `own`: position in the chain -> a Spec as "reference", "gates" in place of the link's, a "strength" that multiplies.
+    """
 
     text: torch.Tensor  # (t, w)
     null: bool
     area: Box | None = None
-    own: dict[int, dict[str, Any]] = field(
-        default_factory=dict
-    )  # position -> fields of Spec to replace; strength multiplies
+    own: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -112,7 +113,7 @@ def sides(box: Box) -> Shown:
 
 
 def attach(model, specs: Sequence[Spec], prompts: Sequence[Prompt], picture: Picture):
-    """A clone of `model` with one NaiveBlock per cross-attention. Negative areas that core makes are told by the call's size."""
+    """A clone of `model` with one naive Block per cross-attention. Negative areas that core makes are told by the call's size."""
     model = model.clone()
     sampling = model.get_model_object("model_sampling")
     levels = _levels(model)

@@ -150,6 +150,14 @@ def test_a_link_for_other_adapters_is_passed_over(model, monkeypatch):
     check(model, links, own(P, 0.2, 1.0, other), N, declared)
 
 
+def test_a_link_that_is_switched_off_is_passed_over(model, network):
+    """Strength 0 on the last Apply must not take a prompt's own reference away from the one before."""
+    other = reference_for(network, 12)
+    links = [spec(network), spec(network, 11, strength=0.0)]
+    declared = [prompt(P, brings={0: {"reference": naive.Spec(network, [other]), "gates": [0.2]}}), prompt(N, True)]
+    check(model, links, own(P, 0.2, 1.0, other), N, declared)
+
+
 def test_zeroed_out_or_reused_as_negative_a_prompt_gets_the_null_reference(model, network):
     """ConditioningZeroOut copies all that a prompt carries, the reference included."""
     positive = own(P, 0.7, 1.0, reference_for(network, 10))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexip_core.attention import Branch, attention, block_grid, decoupled_attention, per_token, place_gated_attention
@@ -77,6 +77,7 @@ SETS = [
         for combine in COMBINE
     ),
     ReferenceSet((REFERENCES[2],), (1.0,), "concatenate", None, REFERENCES[1]),
+    ReferenceSet(tuple(REFERENCES[:2]), (0.5, 1.0), "one per region", mask(7, 2, 5, 5)),
 ]
 CURVE = GateCurve(((0.0, 1.0), (1.0, 0.0)), "falling")
 GATES = [(0.6,), (0.1, 0.5, 0.9), CURVE, GateBatch((0.2, 0.8), "repeat"), GateBatch((0.0, 1.0), "interpolate")]
@@ -106,6 +107,7 @@ OWNS = st.builds(
     st.sampled_from([gates for gates in GATES if gates != GATES[1]]),
     st.sampled_from([0.0, 1.5]),
 )
+THREE_REGIONS = Link(NETWORKS["outputs"], None, next(s for s in SETS[2:] if s.masks is not None), (0.4,))
 SETTING = Setting(batch=BATCH, height=HEIGHT, width=LATENT_WIDTH, levels=LEVELS, percent_of=lambda sigma: 1 - sigma)
 VIEW = ((1, 2, 3), (0, 2))
 ROWS = st.tuples(st.integers(0, 2), st.integers(0, BATCH - 1))
@@ -143,6 +145,7 @@ def added(branches, call, row=None):
 
 @settings(max_examples=60, deadline=None)
 @given(LINKS, st.tuples(*[st.one_of(st.just({}), st.builds(lambda own: {0: own}, OWNS))] * 3), CALLS, SIGMAS)
+@example(THREE_REGIONS, ({0: Own(SETS[-1], (0.6,), 1.0)}, {}, {}), ([(0, 0), (1, 1), (2, 0)], True), 0.7)
 def test_each_row_of_a_call_gets_what_it_would_get_alone(link, owns, call, sigma):
     """Its own reference, gate, strength, text and masks, with whatever it shares a call, in any order."""
     rows, cropped = call
