@@ -167,6 +167,8 @@ def _in_words(needs: tuple[FeatureNeed, ...]) -> str:
     """From the configs alone: one that came out of a file may name an encoder that nobody knows."""
 
     def size(need: FeatureNeed) -> str:
-        return f" {need.encoder.image_size} px" if isinstance(need.encoder, DinoConfig) else ""
+        encoder = need.encoder
+        pixels = encoder.image_size if isinstance(encoder, DinoConfig) else (encoder.vision_cfg or {}).get("image_size")
+        return f" {pixels} px" if pixels else ""
 
     return ", ".join(f"{need.name} from {need.encoder.model}{size(need)} ({need.width} wide)" for need in needs)

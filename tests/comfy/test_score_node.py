@@ -39,6 +39,9 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def minis(folder):
     mini.make_mini_encoders(folder)
+    whole = scorer_files.read_tensors(folder / CLIP)
+    image_tower = {key: value.clone() for key, value in whole.items() if key.startswith("visual.")}
+    save_file(image_tower, folder / CLIP)
     return folder
 
 
