@@ -61,14 +61,21 @@ def start_comfyui(tree: Path, device: str) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from counters import per_call
-    from models import Bench
+    from models import Bench  # isort: skip - makes the pack importable
+    from flexip_pack.flexip_core.schedule import GateCurve
 
     dtype = torch.float32 if options.device == "cpu" else torch.float16
     bench = Bench(options.base, dtype, options.size)
     variants: dict[str, Callable[[], Any]] = {
         "FlexIP outputs, both adapters, 97 tokens": lambda: bench.gated("outputs"),
         "FlexIP outputs, window 0 to 0.99": lambda: bench.gated("outputs", end_percent=0.99),
+        "FlexIP outputs, a gate schedule": lambda: bench.gated(
+            "outputs", GateCurve(((0.0, 0.9), (1.0, 0.2)), "linear")
+        ),
+        "FlexIP outputs, a mask": lambda: bench.gated("outputs", mask=torch.rand(1, 512, 512)),
+        "FlexIP outputs, a gate mask": lambda: bench.gated("outputs", gate_mask=torch.rand(1, 512, 512)),
         "FlexIP tokens, both adapters, 97 tokens": lambda: bench.gated("tokens"),
+        "FlexIP tokens, a gate mask": lambda: bench.gated("tokens", gate_mask=torch.rand(1, 512, 512)),
     }
     if options.peer:
         from peer import Peer

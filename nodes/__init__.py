@@ -8,6 +8,7 @@ from . import files
 from .apply import ApplyFlexIPGate
 from .auto_gate import FlexIPAutoGate
 from .combine import FlexIPCombineReferences
+from .demo import FlexIPDemoModels
 from .depth import FlexIPBlocks
 from .encode import EncodeReference
 from .load import LoadFlexIPAdapters
@@ -38,6 +39,7 @@ class FlexIPExtension(ComfyExtension):
             FlexIPAttentionMaps,
             FlexIPScore,
             FlexIPAutoGate,
+            FlexIPDemoModels,
         ]
 
 

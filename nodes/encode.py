@@ -85,7 +85,8 @@ class EncodeReference(io.ComfyNode):
         features, null, sources = {}, {}, []
         for need in needs:
             wire = encoders.wired_for(need, wires[encoders.role_of(need)])
-            path = None if wire is not None else encoders.resolve(need, loaded.encoders)
+            role = encoders.role_of(need)
+            path = None if wire is not None else loaded.own.get(role) or encoders.resolve(need, loaded.encoders)
             features[need.name], null[need.name], source = encoders.features(
                 need, path, wire, seen[image_size(need.encoder)], loaded.towers
             )

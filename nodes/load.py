@@ -29,6 +29,7 @@ class LoadedAdapters:
     patcher: comfy.model_patcher.ModelPatcher
     encoders: dict[str, str]  # role -> chosen file or "auto"; looked up when an encoder is needed
     towers: dict[str, comfy.model_patcher.ModelPatcher] = field(default_factory=dict)
+    own: dict[str, str] = field(default_factory=dict)  # role -> path of an encoder that came with the adapters
 
 
 class LoadFlexIPAdapters(io.ComfyNode):
