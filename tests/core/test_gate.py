@@ -13,12 +13,19 @@ def branches(dtype=torch.float64, b=2, c=12):
     return make(4), make(7), torch.randn(b, 5, c, dtype=dtype), torch.randn(b, 5, c, dtype=dtype)
 
 
-def output(mode, gate, strength=1.0):
-    preservation, personalization, q, base = branches()
+def output(mode, gate, strength=1.0, dtype=torch.float64):
+    preservation, personalization, q, base = branches(dtype)
     gates = gate if isinstance(gate, tuple) else (gate,)
     return decoupled_attention(
         base, q, gated_branches(mode, gates, (strength,), preservation, personalization), heads=3
     )
+
+
+@pytest.mark.parametrize("gate", [0.0, 0.3, 0.6, 1.0])
+def test_weights_of_the_two_adapters_sum_to_the_strength(gate):
+    ones = Branch(torch.ones(1, 4, 12), torch.ones(1, 4, 12))
+    parts = gated_branches("outputs", (gate,), (0.8,), ones, ones)
+    assert sum(part.v.mean().item() for part in parts) == pytest.approx(0.8)
 
 
 def test_output_of_a_block_is_affine_in_the_gate():
@@ -47,9 +54,15 @@ def test_tokens_mode_shares_one_softmax_so_its_ends_are_not_one_adapter_alone():
 
 @pytest.mark.parametrize("mode", ["outputs", "tokens"])
 def test_a_gate_per_row_equals_rows_with_that_gate(mode):
-    both = output(mode, (0.2, 0.9))
-    torch.testing.assert_close(both[0], output(mode, 0.2)[0], rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(both[1], output(mode, 0.9)[1], rtol=1e-6, atol=1e-7)
+    both = output(mode, (0.2, 0.9), dtype=torch.float32)  # what factors per row are computed in
+    torch.testing.assert_close(both[0], output(mode, 0.2, dtype=torch.float32)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(both[1], output(mode, 0.9, dtype=torch.float32)[1], rtol=0, atol=1e-6)
+    preservation, personalization, *_ = branches(torch.float32)
+    together = gated_branches(mode, (0.2, 0.9), (1.0,), preservation, personalization)
+    for row, gate in enumerate((0.2, 0.9)):
+        alone = gated_branches(mode, (gate,), (1.0,), preservation, personalization)
+        for got, expected in zip(together, alone):
+            assert torch.equal(got.k[row], expected.k[row]) and torch.equal(got.v[row], expected.v[row])
 
 
 @pytest.mark.parametrize("mode", ["outputs", "tokens"])
