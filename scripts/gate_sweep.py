@@ -17,9 +17,9 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / "scripts"), str(REPO)]  # the portable build's Python adds neither
 from environment import step  # noqa: E402
 from server import ComfyServer, PromptError  # noqa: E402
-from workflow import nodes_of, set_inputs, to_prompt  # noqa: E402
 
 from flexip_core import mini  # noqa: E402
+from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt  # noqa: E402
 
 WORKFLOW = REPO / "workflows" / "flexip_gate_sweep.json"
 SIZE, STEPS = 256, 8

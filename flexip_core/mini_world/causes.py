@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..adapters import ADAPTERS, FlexIPNetwork
-from . import measure, smoothness
+from ..evaluation import smoothness
+from . import measure
 from .base import MiniBase
 from .measure import Instruments, Setup
 from .sampling import Dial, everywhere

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters import ADAPTERS, FlexIPNetwork
+from ..evaluation import smoothness
 from . import judge as judging
-from . import smoothness, world
+from . import world
 from .base import MiniBase
 from .encoders import Contrast, pixels_for
 from .judge import Judge

@@ -1,4 +1,4 @@
-"""scripts/workflow.py on hand-made graphs (tests/server compares it with what the web page makes of the same file), and what
+"""flexip_core/evaluation/workflow.py on hand-made graphs (tests/server compares it with what the web page makes of the same file), and what
 the shipped workflows look like."""
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "scripts"))
-from workflow import nodes_of, set_inputs, to_prompt  # noqa: E402
+sys.path.insert(0, str(REPO))
+from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt  # noqa: E402
 
 OBJECT_INFO = {
     "Load": {

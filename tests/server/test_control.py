@@ -8,7 +8,8 @@ import json
 import pytest
 from conftest import REFERENCE, REPO
 from server import ComfyServer, PromptError
-from workflow import nodes_of, set_inputs, to_prompt
+
+from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt
 
 seeds = itertools.count(9000)
 

@@ -10,11 +10,11 @@ import torch
 from conftest import REFERENCE, REPO
 from safetensors.torch import save_file
 from server import ComfyServer, PromptError
-from workflow import nodes_of, set_inputs, to_prompt
 
 from flexip_core import mini
 from flexip_core.adapters import FlexIPNetwork
 from flexip_core.checkpoint import save_checkpoint
+from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt
 from flexip_core.mini_checkpoints import block_widths
 
 

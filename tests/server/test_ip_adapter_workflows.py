@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import PACK, REFERENCE, REPO
 from server import CPU_ARGUMENTS, ComfyServer
-from workflow import set_inputs, to_prompt
 
+from flexip_core.evaluation.workflow import set_inputs, to_prompt
 from flexip_core.mini_checkpoints import make_base
 
 sys.path.append(str(REPO / "tests" / "fixtures"))

@@ -11,7 +11,8 @@ import pytest
 from conftest import BROWSER_ARGUMENTS, REPO
 from playwright.sync_api import Page, sync_playwright
 from server import ComfyServer
-from workflow import to_prompt
+
+from flexip_core.evaluation.workflow import to_prompt
 
 STOCK = Path(comfyui_workflow_templates.get_asset_path("default", "default.json"))
 FILES = [

@@ -10,7 +10,8 @@ from conftest import REFERENCE, REPO
 from playwright.sync_api import Page, expect
 from server import ComfyServer, Run
 from test_page import browser, example_picture, make_small, node, open_template, page, run, set_widgets  # noqa: F401
-from workflow import nodes_of, set_inputs, to_prompt
+
+from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt
 
 APPLY = "ApplyFlexIPGate"
 LABEL = "⚠ FlexIP"

@@ -13,7 +13,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 from server import ComfyServer
 from test_page import MISSING, READY, STOCK_ERRORS, browser, example_picture  # noqa: F401
-from workflow import set_inputs, to_prompt
+
+from flexip_core.evaluation.workflow import set_inputs, to_prompt
 
 TEMPLATES = sorted((REPO / "workflows").glob("*.json"))
 SHIPPED_ONCE = sorted((REPO / "tests" / "fixtures" / "shipped_workflows").glob("*.json"))

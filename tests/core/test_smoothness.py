@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from flexip_core.mini_world import smoothness
+from flexip_core.evaluation import smoothness
 
 values = st.lists(st.integers(-5, 5), min_size=3, max_size=12)
 
