@@ -10,14 +10,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 MARGIN = 4
 WIDEST = 8192  # pixels; more columns go on in the next band
+SMALLEST = 192  # pixels: smaller pictures are shown enlarged, so that they and their labels can be read
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 
 
 def contact_sheet(pictures: torch.Tensor, labels: Sequence[str], row_labels: Sequence[str] = ()) -> torch.Tensor:
     """pictures (len(labels) * rows, h, w, 3) in 0..1, label-major -> one sheet (1, H, W, 3), a column per label.
 
-    `row_labels` stand on the left, each before an equal share of the rows.
+    `row_labels` stand on the left, each before an equal share of the rows. Small pictures are enlarged a whole number of times.
     """
+    times = max(1, SMALLEST // pictures.shape[2])
+    pictures = pictures.repeat_interleave(times, 1).repeat_interleave(times, 2)
     count, height, width, _ = pictures.shape
     rows = count // len(labels)
     font = ImageFont.load_default(size=max(10, min(28, width // 8)))

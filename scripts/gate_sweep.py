@@ -1,13 +1,13 @@
-"""Runs workflows/flexip_gate_sweep.json in a real ComfyUI server with the mini models; demo.py calls it.
+"""Runs workflows/flexip_demo_world.json in a real ComfyUI server for several subjects; demo.py calls it.
 
-python scripts/gate_sweep.py --comfyui TREE --folder DIR --image FILE       (with ComfyUI's own Python)
+python scripts/gate_sweep.py --comfyui TREE --folder DIR       (with ComfyUI's own Python)
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,82 +16,90 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / "scripts"), str(REPO)]  # the portable build's Python adds neither
 from environment import step  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from server import ComfyServer, PromptError  # noqa: E402
 
-from flexip_core import mini  # noqa: E402
 from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt  # noqa: E402
 
-WORKFLOW = REPO / "workflows" / "flexip_gate_sweep.json"
-SIZE, STEPS = 256, 8
-SHEET_OUTPUT = 1  # of FlexIPSampler: latent, contact sheet, report
+WORKFLOW = REPO / "workflows" / "flexip_demo_world.json"
+SUBJECTS = (0, 3, 5)
+MARGIN, PAPER, INK = 8, "white", "black"
+FONT = ImageFont.load_default(size=18)
 
 
-def gate_sweep_prompt(object_info: dict[str, Any], image: str) -> dict[str, Any]:
-    """The shipped workflow with the mini models and `image` (a name in ComfyUI's input folder).
-
-    Smaller and in fewer steps than for real models, so that two cores without a GPU need less than a minute.
-    """
+def demo_prompt(object_info: dict[str, Any], subject: int, words: str = "") -> dict[str, Any]:
+    """The shipped workflow for one subject and one noise; `words` in place of the demo node's own prompt."""
     prompt = to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), object_info)
-    set_inputs(prompt, "CheckpointLoaderSimple", ckpt_name=mini.MINI_BASE)
-    set_inputs(
-        prompt,
-        "LoadFlexIPAdapters",
-        preservation=mini.MINI_FLEXIP,
-        personalization="auto",
-        clip_vision="auto",
-        dino="auto",
-    )
-    set_inputs(prompt, "LoadImage", image=image)
-    set_inputs(prompt, "EmptyLatentImage", width=SIZE, height=SIZE)
-    set_inputs(prompt, "FlexIPSampler", steps=STEPS)
+    set_inputs(prompt, "FlexIPDemoModels", subject=subject)
+    set_inputs(prompt, "EmptyLatentImage", batch_size=1)
+    if words:
+        sampler = prompt[nodes_of(prompt, "FlexIPSampler")[0]]["inputs"]
+        prompt[sampler["positive"][0]]["inputs"]["text"] = words
     return prompt
 
 
-def sheet_node(prompt: dict[str, Any]) -> str:
-    """The node that saves the contact sheet."""
-    sampler = nodes_of(prompt, "FlexIPSampler")[0]
-    sheet = [sampler, SHEET_OUTPUT]
-    return next(node for node in nodes_of(prompt, "SaveImage") if prompt[node]["inputs"]["images"] == sheet)
+def sweep(server: ComfyServer, subject: int) -> list[Image.Image]:
+    """The gate with a prompt that names another place than the reference's, and with one that leaves the place open."""
+    rows, named = [], ""
+    for kept in (None, 2):  # words of the prompt: "a disc" of "a disc on sand, top left"
+        words = " ".join(named.split()[:kept]) if named else ""
+        prompt = demo_prompt(server.get("/object_info"), subject, words)
+        outputs = server.run(prompt).outputs
+        reference, sheet = (
+            Image.open(io.BytesIO(server.view(outputs[nodes_of(prompt, kind)[0]]["images"][0]))).convert("RGB")
+            for kind in ("PreviewImage", "SaveImage")
+        )
+        named = named or outputs[nodes_of(prompt, "PreviewAny")[0]]["text"][0]
+        print(f"  {words or named}")
+        rows.append(beside(reference, sheet, words or named))
+    return rows
 
 
-def show_progress(message: dict[str, Any]) -> None:
-    """A bar for nodes with several steps."""
-    if message["type"] == "progress":
-        value, most = message["data"]["value"], message["data"]["max"]
-        filled = round(30 * value / most)
-        bar = "#" * filled + "." * (30 - filled)
-        print(f"\r  [{bar}] {value}/{most}", end="\n" if value == most else "", flush=True)
+def beside(reference: Image.Image, sheet: Image.Image, words: str) -> Image.Image:
+    """The prompt above; the reference at the left, as large as a picture of the sheet."""
+    line, side = 2 * FONT.size, sheet.height * 6 // 7
+    row = Image.new("RGB", (side + 3 * MARGIN + sheet.width, line + sheet.height), PAPER)
+    draw = ImageDraw.Draw(row)
+    draw.text((MARGIN, line / 2), f"prompt: {words}", fill=INK, font=FONT, anchor="lm")
+    draw.text((MARGIN + side / 2, line + (sheet.height - side) / 2), "reference", fill=INK, font=FONT, anchor="mm")
+    row.paste(reference.resize((side, side), Image.NEAREST), (MARGIN, row.height - side))
+    row.paste(sheet, (side + 3 * MARGIN, line))
+    return row
+
+
+def stacked(rows: list[Image.Image]) -> Image.Image:
+    whole = Image.new("RGB", (max(row.width for row in rows), sum(row.height + MARGIN for row in rows)), PAPER)
+    top = 0
+    for row in rows:
+        whole.paste(row, (0, top))
+        top += row.height + MARGIN
+    return whole
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", metavar="TREE", type=Path, required=True, help="the folder of ComfyUI's main.py")
     parser.add_argument("--folder", metavar="DIR", type=Path, required=True, help="where everything is written")
-    parser.add_argument("--image", metavar="FILE", type=Path, required=True, help="the reference")
     options = parser.parse_args()
     start = time.monotonic()
-    base = options.folder / "comfyui"
-    with step("Making the mini models"):
-        mini.make_mini_models(base / "models")
-    server = ComfyServer(options.comfyui, base, packs={"flexip": REPO})
-    shutil.copyfile(options.image, base / "input" / options.image.name)
+    server = ComfyServer(options.comfyui, options.folder / "comfyui", packs={"flexip": REPO})
+    rows = []
     try:
         with step("Starting ComfyUI"):
             server.start()
-        prompt = gate_sweep_prompt(server.get("/object_info"), options.image.name)
         print(f"Running {WORKFLOW.name} on {server.url}")
-        run = server.run(prompt, on_message=show_progress)
-        sheet = server.view(run.outputs[sheet_node(prompt)]["images"][0])
+        for subject in SUBJECTS:
+            rows += sweep(server, subject)
     except (PromptError, RuntimeError, TimeoutError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     finally:
         server.stop()
     target = options.folder / f"{WORKFLOW.stem}.png"
-    target.write_bytes(sheet)
+    stacked(rows).save(target)
     print(
         f"The contact sheet is in {target} ({time.monotonic() - start:.1f} s).\n"
-        "The mini models are untrained: the picture shows that everything runs, not what FlexIP can do."
+        "At gate 1 the reference decides what the prompt leaves open, at gate 0 it does not; what the prompt names, it decides."
     )
     return 0
 

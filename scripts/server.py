@@ -18,9 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from flexip_core.evaluation.client import ComfyClient, PromptError, ServerError, failure
 
 # On few cores torch's spinning threads cost far more than they bring, and ComfyUI's default attention for CPUs is slow.
 CPU_ARGUMENTS = ("--cpu", "--use-pytorch-cross-attention")
@@ -54,15 +54,7 @@ USER_FILES = {
 FINAL = ("execution_success", "execution_error", "execution_interrupted")
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "tests", "benchmarks")
 
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
-
-
-class PromptError(RuntimeError):
-    """The server refused a prompt or a node failed. `details` is what it answered."""
-
-    def __init__(self, message: str, details: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.details = details
+__all__ = ["CPU_ARGUMENTS", "ComfyServer", "PromptError", "Run", "link_folder"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ class Run:
     outputs: dict[str, dict[str, Any]]  # by node id
 
 
-class ComfyServer:
+class ComfyServer(ComfyClient):
     def __init__(
         self,
         comfyui: str | Path,
@@ -85,7 +77,7 @@ class ComfyServer:
         self.arguments = list(arguments)
         self.log = self.base / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
-        self.url = ""
+        self.url = ""  # once it runs
         for folder in FOLDERS:
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         for name, text in USER_FILES.items():
@@ -148,28 +140,6 @@ class ComfyServer:
     def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def get(self, path: str) -> Any:
-        return json.loads(self.get_bytes(path))
-
-    def get_bytes(self, path: str) -> bytes:
-        with _opener.open(self.url + path, timeout=60) as response:
-            return response.read()
-
-    def post(self, path: str, body: Any) -> tuple[int, Any]:
-        """HTTP status and answer; an error status is an answer, too."""
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
-        try:
-            with _opener.open(request, timeout=60) as response:
-                status, data = response.status, response.read()
-        except urllib.error.HTTPError as error:
-            status, data = error.code, error.read()
-        return status, json.loads(data) if data else None
-
-    def view(self, image: Mapping[str, str]) -> bytes:
-        """The file of one entry in a node's `images` output."""
-        return self.get_bytes("/view?" + urllib.parse.urlencode(image))
-
     def run(
         self, prompt: dict[str, Any], on_message: Callable[[dict[str, Any]], None] | None = None, timeout: float = 600
     ) -> Run:
@@ -182,10 +152,7 @@ class ComfyServer:
                 raise TimeoutError("The server's websocket did not answer.") from None
             if messages[0]["type"] == "closed":
                 raise RuntimeError(f"The server's websocket cannot be reached. {self._log_end()}")
-            status, answer = self.post("/prompt", {"prompt": prompt, "client_id": client_id})
-            if status != 200 or answer["node_errors"]:  # with 200 only some outputs are run
-                raise PromptError(_refusal(answer), answer)
-            prompt_id = answer["prompt_id"]
+            prompt_id = self.queue(prompt, client_id)
             while messages[-1]["type"] not in FINAL:  # this client has no other prompt
                 try:
                     messages.append(received.get(timeout=max(0.0, start + timeout - time.monotonic())))
@@ -197,9 +164,8 @@ class ComfyServer:
                     on_message(messages[-1])
         end = messages[-1]
         if end["type"] != "execution_success":
-            text = end["data"].get("exception_message", "interrupted").strip()
-            raise PromptError(f"{end['data'].get('node_type')} failed: {text}", end["data"])
-        return Run(messages, self._history(prompt_id)["outputs"])
+            raise failure(end["data"])
+        return Run(messages, self.wait(prompt_id, timeout=60))  # the history comes a moment after the last message
 
     @contextlib.contextmanager
     def _websocket(self) -> Iterator[tuple[str, queue.Queue[dict[str, Any]]]]:
@@ -229,22 +195,14 @@ class ComfyServer:
             thread.join()
             loop.close()
 
-    def _history(self, prompt_id: str) -> dict[str, Any]:
-        for _ in range(200):  # it comes a moment after the websocket's last message
-            history = self.get(f"/history/{prompt_id}")
-            if prompt_id in history:
-                return history[prompt_id]
-            time.sleep(0.05)
-        raise RuntimeError(f"The server has no history of the finished prompt {prompt_id}.")
-
     def _wait_until_ready(self, deadline: float) -> None:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise RuntimeError(f"ComfyUI ended with exit code {self.process.returncode}. {self._log_end()}")
             try:
-                self.get("/system_stats")
+                self.system_stats()
                 return
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
+            except ServerError:
                 time.sleep(0.1)
         raise RuntimeError(f"ComfyUI did not answer in time. {self._log_end()}")
 
@@ -269,15 +227,6 @@ def link_folder(source: Path, target: Path) -> None:
             return {*NOT_COPIED(folder, names), *(name for name in names if str(Path(folder) / name) in above)}
 
         shutil.copytree(source, target, ignore=ignore)
-
-
-def _refusal(answer: dict[str, Any]) -> str:
-    """What is wrong with a prompt, in one line per node; `answer` is the body of the 400."""
-    lines = []
-    for node_id, node in (answer.get("node_errors") or {}).items():
-        errors = "; ".join(f"{error['message']}: {error['details']}" for error in node["errors"])
-        lines.append(f"{node['class_type']} ({node_id}): {errors}")
-    return "\n".join(lines) or f"{answer['error']['message']} {answer['error'].get('details', '')}"
 
 
 def _free_port() -> int:

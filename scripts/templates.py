@@ -53,8 +53,8 @@ def node(kind: str, title: str = "", tall: int = 0, **inputs: Any) -> Node:
     return Node(kind, inputs, title, tall)
 
 
-def note(title: str, text: str, tall: int = 430) -> Node:
-    return Node("MarkdownNote", {"text": f"## {title}\n{text}\n{FILES}"}, "Read me", tall, NOTE_COLORS)
+def note(title: str, text: str, tall: int = 430, files: str = FILES) -> Node:
+    return Node("MarkdownNote", {"text": f"## {title}\n{text}\n{files}"}, "Read me", tall, NOTE_COLORS)
 
 
 class Base:
@@ -86,8 +86,8 @@ class Base:
         return [decode, node("SaveImage", tall=tall, images=decode[0], filename_prefix=f"FlexIP/{name}")]
 
 
-def latent(batch_size: int = 1) -> Node:
-    return node("EmptyLatentImage", width=512, height=512, batch_size=batch_size)
+def latent(batch_size: int = 1, size: int = 512) -> Node:
+    return node("EmptyLatentImage", width=size, height=size, batch_size=batch_size)
 
 
 def sampler(model: Node, positive: Node, negative: Node, latent: Node, kind: str = "KSampler", **inputs: Any) -> Node:
@@ -346,9 +346,48 @@ def regional_prompts() -> Template:
     )
 
 
+def demo_world() -> Template:
+    demo = node("FlexIPDemoModels", "", 280)
+    model, clip, vae, adapters, picture, words = (demo[output] for output in range(6))
+    enlarged = node("ImageScaleBy", "Reference, enlarged", image=picture, upscale_method="nearest-exact", scale_by=4.0)
+    shown = node("PreviewImage", "The subject", 340, images=enlarged[0])
+    said = node("PreviewAny", "The prompt", 120, source=words)
+    prompt = node("CLIPTextEncode", "Prompt: the subject elsewhere", clip=clip, text=words)
+    negative = node("CLIPTextEncode", "Negative prompt", 80, clip=clip, text="")
+    encode = node("EncodeReference", "", 350, adapters=adapters, image=picture)
+    apply = node("ApplyFlexIPGate", "", 480, model=model, adapters=adapters, reference=encode[0])
+    size = latent(3, 64)
+    world = {"cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
+    sample = sampler(apply, prompt, negative, size, "FlexIPSampler", gates="0, 0.25, 0.5, 0.75, 1", vae=vae, **world)
+    save = node("SaveImage", "The contact sheet", 520, images=sample[1], filename_prefix="FlexIP/demo_world")
+    read_me = note(
+        "The demo world",
+        "A small world that comes with the pack, **trained**: no file to download, seconds on a CPU. A subject is a shape "
+        "in two colours, and the prompt does not name them: they come from the reference.\n\n"
+        "At gate 1 the subject keeps its colours, at gate 0 only a rough idea of them is left; the prompt decides the "
+        "ground and the corner everywhere.\n\n"
+        "**Turn** subject of *FlexIP Demo Models* and gates of *FlexIP Sampler*. **Write** a prompt of your own in place "
+        "of the wire: *a disc* alone leaves ground and corner open, and then gate 1 copies them from the reference, too. "
+        "It knows disc, square, triangle, cross; sky, grass, sand, night, brick, snow; top left, top right, bottom left, "
+        "bottom right.",
+        420,
+        "",
+    )
+    return Template(
+        [
+            (NARROW, [demo, read_me]),
+            (NARROW, [enlarged, shown, said, encode]),
+            (NARROW, [prompt, negative, size, apply]),
+            (NARROW, [sample]),
+            (2 * NARROW, [save]),
+        ]
+    )
+
+
 TEMPLATES = {
     f"flexip_{make.__name__}": make
     for make in (
+        demo_world,
         style_over_time,
         two_characters_by_mask,
         image_to_image,

@@ -32,6 +32,7 @@ SMALL = {
 # What FlexIP reports of a run, beside the number of pictures that are saved or shown by core's nodes.
 SAID = {
     "flexip_basic": (["gate 0.6"], 1),
+    "flexip_demo_world": (["gate 0, 0.25, 0.5, 0.75, 1", "adapters: demo adapters"], 1),
     "flexip_gate_sweep": (["gate 0, 0.25, 0.5, 0.75, 1"], 1),
     "flexip_style_over_time": (["gate 0.9, 0.2"], 1),
     "flexip_two_characters_by_mask": (["gate 0.7", "\n\ngate 0.7"], 1),
