@@ -5,6 +5,7 @@
     python scripts/mini_world.py train outputs --seed 1     adapters: outputs, tokens, with -jitter and -swapped behind; ip
     python scripts/mini_world.py evaluate outputs --seed 1
     python scripts/mini_world.py causes outputs --seed 1    where single pictures jump: sweeps with parts of the gate held still
+    python scripts/mini_world.py cures outputs --seed 1     other ways to turn the gate, and what they leave of its range
     python scripts/mini_world.py table                      everything evaluated so far, and the pass lines
     python scripts/mini_world.py export outputs --seed 1    into the pack, for the demo node
 
@@ -32,7 +33,7 @@ sys.path.insert(0, str(REPO))  # flexip_core
 from PIL import Image  # noqa: E402
 
 from flexip_core.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from flexip_core.mini_world import causes, encoders, files, judge, runs, table, task, world  # noqa: E402
+from flexip_core.mini_world import causes, cures, encoders, files, judge, runs, table, task, world  # noqa: E402
 from flexip_core.mini_world.base import STEPS, BaseRun  # noqa: E402
 from flexip_core.mini_world.measure import MODES, Setup, Sweep  # noqa: E402
 from flexip_core.training.__main__ import make_task  # noqa: E402
@@ -64,7 +65,7 @@ def parse() -> Run:
     one = stages.add_parser("base", help="train the base, the CLIP stand-in and the judge, and measure the base")
     one.add_argument("--steps", type=int, default=STEPS)
     one.set_defaults(stage=make_base)
-    for name, stage in (("train", train), ("evaluate", evaluate), ("causes", find_causes), ("export", export)):
+    for name, stage in OF_ONE_RUN.items():
         one = stages.add_parser(name)
         one.add_argument(
             "run", help="outputs, tokens, outputs-jitter, tokens-jitter, any of these with -swapped, or ip"
@@ -138,6 +139,17 @@ def find_causes(options: Run) -> int:
     return 0
 
 
+def try_cures(options: Run) -> int:
+    name, seed, folder = options.run, options.seed, options.folder
+    base, tools, network = task.load_world(folder), task.load_instruments(folder), load_checkpoint(trained(options))
+    found = {}
+    for mode in MODES:
+        with timed(f"{name}, seed {seed}, {mode}"):
+            found[mode] = cures.measured(base, network, tools, runs.setup_for(seed), mode, runs.adapters_of(name))
+    runs.write_json(folder / "cures" / f"{name}_{seed}.json", {"run": name, "seed": seed, **found}, COMMAND)
+    return 0
+
+
 def trained(options: Run) -> Path:
     """The weights that the probe found best."""
     folder = runs.run_folder(options.folder, options.run, options.seed)
@@ -157,6 +169,7 @@ def contact_sheet(sweep: Sweep, setup: Setup) -> Image.Image:
 
 def print_table(options: Run) -> int:
     print(table.markdown(*table.read_results(options.folder / "results")))
+    print(f"\n{table.cures_markdown(table.read_results(options.folder / 'cures')[1])}")
     return 0
 
 
@@ -177,6 +190,9 @@ def until_asked() -> Any:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: asked.append(number))
     return lambda: bool(asked)
+
+
+OF_ONE_RUN = {"train": train, "evaluate": evaluate, "causes": find_causes, "cures": try_cures, "export": export}
 
 
 class timed:

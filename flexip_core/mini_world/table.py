@@ -51,6 +51,34 @@ def markdown(base: Mapping[str, Any] | None, results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def cures_markdown(results: Results) -> str:
+    """Cures of all seeds (cures.measured by mode): evenness of single pictures and the range that is left."""
+    columns = {"largest / mean step": "per_image_feature_step", "99 %": "p99", "whole way": "whole_way"}
+    columns |= {
+        "identity range": "identity_range",
+        "corner range": "corner_copied_range",
+        "DINO-I range": "dino_i_range",
+    }
+    parts = []
+    for run, seeds in results.items():
+        rows, jumps = [], []
+        for mode in CURVES:
+            found = [result[mode] for result in seeds.values()]
+            for cure in (name for name in found[0] if name not in ("evened_gates", "between")):
+                rows.append([cure, mode, *(_spread(f[cure][key] for f in found) for key in columns.values())])
+            inside = [f["between"] for f in found]
+            jumps.append([mode, *(_spread(f[key] for f in inside) for key in ("largest_part", "jumps"))])
+        parts.append(f"Cures of single pictures' jumps, {run} ({len(seeds)} seeds):")
+        parts.append(_grid(["cure", "mode", *columns], rows))
+        parts.append(
+            "The largest step of each picture between two gates, looked at ten times finer (even: 0.1, a jump: 1):"
+        )
+        parts.append(
+            _grid(["mode", "share of it in its largest tenth", "pictures in which that is over half: jumps"], jumps)
+        )
+    return "\n\n".join(parts)
+
+
 def _evenness(results: Results) -> str:
     header = ["run (seeds)", "mode", "per-image largest / mean feature step", "99 %"]
     header += [f"{name}: {what}" for name in SMOOTHNESS for what in ("Spearman", "jump share", "case jump share")]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexip_core.checkpoint import save_checkpoint
-from flexip_core.mini_world import causes, encoders, files, gates, judge, measure, runs, table, task, world
+from flexip_core.mini_world import causes, cures, encoders, files, gates, judge, measure, runs, table, task, world
 from flexip_core.mini_world.base import BaseRun
 from flexip_core.mini_world.sampling import ddim, draw, noise_for
 from flexip_core.training.loop import make_network
@@ -171,6 +171,21 @@ def test_a_gate_that_moves_nowhere_gives_one_picture_and_all_parts_pass_through_
             assert torch.allclose(moved[name][1], still[1], atol=1e-5), name
             assert (moved[name][0] - still[0]).abs().max() > 1e-4, name
     assert len(moved) == 4 + 2 * len(network.block_widths)
+
+
+def test_cures_are_measured_on_one_set_of_pictures_and_learn_from_another(loaded, untrained, monkeypatch):
+    base, tools = loaded
+    network = make_network(runs.config("outputs", 1, untrained), base)
+    seen = []
+    sweep = measure.gate_sweep
+    monkeypatch.setattr(measure, "gate_sweep", lambda *a: seen.append(a[4]) or sweep(*a))
+    monkeypatch.setattr(cures, "FEW", 2)
+    setup = measure.Setup(cases=2, gates=(0.0, 0.5, 1.0), steps=2)
+    found = cures.measured(base, network, tools, setup, "omit")
+    assert len(found["evened_gates"]) == 3 and set(found["between"]) == {"largest_part", "median", "jumps"}
+    assert {s.test_seed for s in seen[1:]} == {setup.test_seed} and seen[0].test_seed != setup.test_seed
+    assert len(seen[-1].gates) == 21 and len(seen) == 2 + len(found) - 2
+    json.dumps(found)
 
 
 def test_a_whole_evaluation_gives_numbers_for_json_and_a_table(loaded, untrained, tmp_path):
