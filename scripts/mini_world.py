@@ -7,7 +7,7 @@
     python scripts/mini_world.py causes outputs --seed 1    where single pictures jump: sweeps with parts of the gate held still
     python scripts/mini_world.py cures outputs --seed 1     other ways to turn the gate, and what they leave of its range
     python scripts/mini_world.py table                      everything evaluated so far, and the pass lines
-    python scripts/mini_world.py export outputs --seed 1    into the pack, for the demo node
+    python scripts/mini_world.py export outputs --seed 1    into the pack, with ip of that seed: for the demo node and the evaluation
 
 Run it with ComfyUI's Python plus diffusers. A stage that was interrupted goes on where it stopped when it is started again; one
 that is finished does nothing. Everything is kept in --folder.
@@ -37,7 +37,7 @@ from flexip_core.mini_world import causes, cures, encoders, files, judge, runs, 
 from flexip_core.mini_world.base import STEPS, BaseRun  # noqa: E402
 from flexip_core.mini_world.measure import MODES, Setup, Sweep  # noqa: E402
 from flexip_core.training.__main__ import make_task  # noqa: E402
-from flexip_core.training.loop import BEST, FINAL, Trainer  # noqa: E402
+from flexip_core.training.loop import FINAL, Trainer  # noqa: E402
 from flexip_core.weights import read_tensors  # noqa: E402
 
 COMMAND = shlex.join(["python", "scripts/mini_world.py", *sys.argv[1:]])
@@ -120,7 +120,9 @@ def evaluate(options: Run) -> int:
     with timed(f"{options.run}, seed {options.seed}"):
         base, tools = task.load_world(options.folder), task.load_instruments(options.folder)
         setup = runs.setup_for(options.seed)
-        result, sweeps = runs.evaluate(base, tools, trained(options), options.run, setup)
+        result, sweeps = runs.evaluate(
+            base, tools, runs.adapters_file(options.folder, options.run, options.seed), options.run, setup
+        )
     for mode, sweep in sweeps.items():
         contact_sheet(sweep, setup).save(result_file.with_name(f"{options.run}_{options.seed}_{mode}.png"))
     runs.write_json(result_file, {"run": options.run, "seed": options.seed, **result}, COMMAND)
@@ -129,7 +131,11 @@ def evaluate(options: Run) -> int:
 
 def find_causes(options: Run) -> int:
     name, seed, folder = options.run, options.seed, options.folder
-    base, tools, network = task.load_world(folder), task.load_instruments(folder), load_checkpoint(trained(options))
+    base, tools, network = (
+        task.load_world(folder),
+        task.load_instruments(folder),
+        load_checkpoint(runs.adapters_file(folder, name, seed)),
+    )
     for mode in MODES:
         with timed(f"{name}, seed {seed}, {mode}"):
             found = causes.measured(base, network, tools, runs.setup_for(seed), mode, runs.adapters_of(name))
@@ -141,21 +147,17 @@ def find_causes(options: Run) -> int:
 
 def try_cures(options: Run) -> int:
     name, seed, folder = options.run, options.seed, options.folder
-    base, tools, network = task.load_world(folder), task.load_instruments(folder), load_checkpoint(trained(options))
+    base, tools, network = (
+        task.load_world(folder),
+        task.load_instruments(folder),
+        load_checkpoint(runs.adapters_file(folder, name, seed)),
+    )
     found = {}
     for mode in MODES:
         with timed(f"{name}, seed {seed}, {mode}"):
             found[mode] = cures.measured(base, network, tools, runs.setup_for(seed), mode, runs.adapters_of(name))
     runs.write_json(folder / "cures" / f"{name}_{seed}.json", {"run": name, "seed": seed, **found}, COMMAND)
     return 0
-
-
-def trained(options: Run) -> Path:
-    """The weights that the probe found best."""
-    folder = runs.run_folder(options.folder, options.run, options.seed)
-    if not (folder / FINAL).exists():
-        raise ValueError(f"{folder} holds no finished run; train it first.")
-    return folder / BEST
 
 
 def contact_sheet(sweep: Sweep, setup: Setup) -> Image.Image:
@@ -175,10 +177,12 @@ def print_table(options: Run) -> int:
 
 def export(options: Run) -> int:
     """Half precision: what the demo shows is the same to the eye, and half as large."""
-    for name in (files.BASE, files.CLIP_FILE, files.DINO_FILE):
+    for name in (files.BASE, files.CLIP_FILE, files.CLIP_TEXT, files.DINO_FILE, files.JUDGE):
         half = {key: value.half() for key, value in read_tensors(options.folder / name).items()}
         files.save(half, files.WEIGHTS / name)
-    save_checkpoint(load_checkpoint(trained(options)), files.WEIGHTS / files.ADAPTERS, torch.float16)
+    for run, name in ((options.run, files.ADAPTERS), (runs.BASELINE, files.IP_ADAPTER)):
+        network = load_checkpoint(runs.adapters_file(options.folder, run, options.seed))
+        save_checkpoint(network, files.WEIGHTS / name, torch.float16)
     size = sum(path.stat().st_size for path in files.WEIGHTS.glob("*.safetensors"))
     logging.info("%s: %.1f MB", files.WEIGHTS, size / 1e6)
     return 0

@@ -16,7 +16,7 @@ from ..adapters import ADAPTERS, FlexIPNetwork
 from ..evaluation import smoothness
 from . import measure
 from .base import MiniBase
-from .causes import growing, late, only
+from .causes import all_but, growing, late, only
 from .measure import Instruments, Setup, Sweep
 from .sampling import Dial, everywhere
 
@@ -26,12 +26,13 @@ FINER, FEW = 10, 16  # gates per interval, and cases, of the look between two ga
 
 
 def variants(network: FlexIPNetwork, setup: Setup, evened: tuple[float, ...]) -> dict[str, tuple[Dial, Setup]]:
-    last = list(network.block_widths)[-1]
+    first, *_, last = network.block_widths  # causes.py: the first block alone decides where the subject is, the last its colours
     return {
         "the gate as it is": (everywhere, setup),
         "gates spaced by how far other pictures move": (everywhere, dataclasses.replace(setup, gates=evened)),
         "the gate grows over the first half of the sampling": (growing, setup),
         "the gate acts after the first quarter only": (late, setup),
+        f"the gate acts in all blocks but {first}": (all_but(first), setup),
         f"the gate acts in {last} only": (only(last), setup),
     }
 

@@ -19,6 +19,8 @@ CLIP_TEXT = "clip_text.safetensors"  # the rest of it, which only scores need
 DINO_FILE = "dino.safetensors"  # as timm saves it
 JUDGE = "judge.safetensors"
 ADAPTERS = "adapters.safetensors"  # a FlexIP checkpoint
+IP_ADAPTER = "ip_adapter.safetensors"  # of equal size, trained on the same pairs, to compare with
+SHIPPED = {"flexip": ("outputs-jitter", ADAPTERS), "ip": ("ip", IP_ADAPTER)}  # title -> named run of runs.py, its file
 
 
 def save(tensors: Mapping[str, Tensor], path: Path) -> None:

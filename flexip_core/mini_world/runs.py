@@ -18,6 +18,7 @@ from ..adapters import ADAPTERS, FlexIPNetwork
 from ..checkpoint import load_checkpoint
 from ..config import GATE_MODES
 from ..training.config import TrainConfig
+from ..training.loop import BEST, FINAL
 from ..weights import write_atomically
 from . import judge, measure, world
 from .base import MiniBase
@@ -85,6 +86,14 @@ def run_folder(folder: Path, name: str, seed: int) -> Path:
     return folder / "runs" / f"{name}_{seed}"
 
 
+def adapters_file(folder: Path, name: str, seed: int) -> Path:
+    """The weights that the probe found best in a finished run."""
+    run = run_folder(folder, name, seed)
+    if not (run / FINAL).exists():
+        raise ValueError(f"{run} holds no finished run; train it first.")
+    return run / BEST
+
+
 def adapters_of(name: str) -> tuple[str, ...]:
     return ("preservation",) if name == BASELINE else ADAPTERS
 
@@ -132,7 +141,7 @@ def controls(
         features = base.features(tests.reference)
 
     def identities(features: dict[str, torch.Tensor], *scenes: world.Scene) -> list[float]:
-        pictures = draw(base, prompts, setup.noise(), network, features, 1.0, parts, setup.steps, setup.cfg)
+        pictures = draw(base, prompts, setup.noise(), network, features, 1.0, parts, steps=setup.steps, cfg=setup.cfg)
         verdict = tools.judge(pictures)
         return [judge.identity(verdict, scene).mean().item() for scene in scenes]
 
