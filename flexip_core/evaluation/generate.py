@@ -100,7 +100,7 @@ def generate(
         head = run_file.with_servers(head, [server.stats for server in crew])
     run_file.write(folder, head)
     if missing:
-        bar = _bar(total - left, total, method) if on_progress is None else contextlib.nullcontext(on_progress)
+        bar = progress_bar(total - left, total, method) if on_progress is None else contextlib.nullcontext(on_progress)
         with bar as progress:
             _make_all(missing, total, folder, crew, recipe, head, models, progress)
     return Outcome(left, total - left)
@@ -257,7 +257,7 @@ def _source(tree: Path, job: Job) -> Path:
 
 
 @contextlib.contextmanager
-def _bar(kept: int, total: int, title: str) -> Iterator[Progress]:
+def progress_bar(kept: int, total: int, title: str) -> Iterator[Progress]:
     """On stderr."""
     from tqdm import tqdm
 
