@@ -215,7 +215,7 @@ def find(folders: str | Path | Iterable[str | Path], use: Mapping[str, str | Pat
     for role, path in (use or {}).items():
         chosen[role] = _named(role, Path(path))
     columns, missing, hashes = {}, {}, {}
-    where = " or ".join(str(folder) for folder in folders) or "any folder, for none was given"
+    where = " or ".join(str(folder) for folder in folders) or "a folder and name it with --weights"
     for name, column in COLUMNS.items():
         why = _lacking(name, column, chosen, found, where, programs)
         if why:
