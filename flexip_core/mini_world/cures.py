@@ -70,6 +70,7 @@ def numbers(result: Sweep) -> dict[str, Any]:
         "p99": ratios.quantile(0.99).item(),
         "largest_step": way.amax(0).mean().item(),
         "whole_way": way.sum(0).mean().item(),
+        "identity_jump_share": smoothness.jump_share(result.curve("identity")),
         **{f"{name}_range": (result.curve(name)[-1] - result.curve(name)[0]).item() for name in RANGES},
     }
 

@@ -32,6 +32,7 @@ def test_a_jump_lies_in_one_part_of_its_interval_and_a_steep_slope_in_all():
 
 def test_what_a_cure_leaves_of_the_range_stands_beside_its_evenness():
     cure = {"per_image_feature_step": 2.0, "p99": 3.0, "whole_way": 1.0, "largest_step": 0.5, "identity_range": 0.4}
+    cure |= {"identity_jump_share": 0.4}
     cure |= {"corner_copied_range": 0.9, "dino_i_range": 0.2}
     mode = {"evened_gates": [], "as it is": cure, "between": {"largest_part": 0.9, "median": 1.0, "jumps": 0.75}}
     better = {**cure, "per_image_feature_step": 1.0}
