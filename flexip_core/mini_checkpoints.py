@@ -2,7 +2,8 @@
 
 ComfyUI recognises a family by a few shapes (comfy/model_detection.py) and takes the rest from the file: the UNet may
 have few and narrow levels, the VAE may be a TAESD. Only the text encoders must have their full size, because their
-layers and widths are fixed; a missing one would stay uninitialised memory. So every tensor is a strided view into a few
+layers and widths are fixed; a missing one would stay uninitialised memory (who loads the file by code may say how many
+layers there are). So every tensor is a strided view into a few
 shared pools: torch.save stores each pool once, torch.load(weights_only=True) restores the views, and the file stays
 small whatever the widths. (Safetensors writes views out in full, hence the .ckpt.)
 """
@@ -53,12 +54,13 @@ _SDXL_DEPTHS = ((0, 0, 2, 2, 10, 10), 10, (10, 10, 10, 2, 2, 2, 0, 0, 0))
 
 # min: as small as the family's detection allows. narrow: every block of the real model, all 320 wide. full: real
 # widths.
-# SDXL is recognised by its input depths; (0, 2, 5) is the distilled KOALA-700M, which ComfyUI treats as an SDXL.
+# SDXL is recognised by its input depths; (0, 2, 5) is the distilled KOALA-700M, which ComfyUI treats as an SDXL. Middle and
+# outputs mirror the inputs, because diffusers' UNet can hold nothing else.
 LAYOUTS = {
     "sd15_min": Layout(SD15, (320, 320), 1, (0, 1), 1, (1, 1, 0, 0)),
     "sd15_narrow": Layout(SD15, (320, 320, 320, 320), 2, *_SD15_DEPTHS),
     "sd15_full": Layout(SD15, (320, 640, 1280, 1280), 2, *_SD15_DEPTHS),
-    "sdxl_min": Layout(SDXL, (320, 320, 320), 1, (0, 2, 5), 1, (1, 1, 1, 0, 0, 0)),
+    "sdxl_min": Layout(SDXL, (320, 320, 320), 1, (0, 2, 5), 5, (5, 5, 2, 2, 0, 0)),
     "sdxl_narrow": Layout(SDXL, (320, 320, 320), 2, *_SDXL_DEPTHS),
     "sdxl_full": Layout(SDXL, (320, 640, 1280), 2, *_SDXL_DEPTHS),
 }
@@ -73,19 +75,31 @@ def block_widths(layout: str) -> dict[str, int]:
     }
 
 
-def make_base(path: str | Path, layout: str = "sd15_min", seed: int = 0) -> None:
-    """Writes a checkpoint (UNet, text encoders, VAE) to `path`, which must end in .ckpt."""
+def make_base(
+    path: str | Path,
+    layout: str = "sd15_min",
+    seed: int = 0,
+    text_layers: tuple[int, int] = (12, 32),
+    full_vae: bool = False,
+) -> None:
+    """Writes a checkpoint (UNet, text encoders, VAE) to `path`, which must end in .ckpt.
+
+    `text_layers` of CLIP-L and bigG: fewer than the real ones only for who tells ComfyUI. `full_vae`: SD's own, not a TAESD.
+    """
     if Path(path).suffix != ".ckpt":
         raise ValueError(f"A mini checkpoint is a .ckpt file (its tensors share memory), got {Path(path).name}.")
     shape = _layout(layout)
     weights = Weights(seed)
     _unet(weights, shape)
     if shape.family is SDXL:
-        _clip_l(weights, "conditioner.embedders.0.transformer.text_model.")
-        _clip_g(weights, "conditioner.embedders.1.model.")
+        _clip_l(weights, "conditioner.embedders.0.transformer.text_model.", layers=text_layers[0])
+        _clip_g(weights, "conditioner.embedders.1.model.", layers=text_layers[1])
     else:
-        _clip_l(weights, "cond_stage_model.transformer.text_model.")
-    _taesd(weights, "first_stage_model.", shape.family.vae_scale)
+        _clip_l(weights, "cond_stage_model.transformer.text_model.", layers=text_layers[0])
+    if full_vae:
+        _vae(weights, "first_stage_model.")
+    else:
+        _taesd(weights, "first_stage_model.", shape.family.vae_scale)
     # Through memory: given a path, torch.save would write the file's name into the file.
     buffer = io.BytesIO()
     torch.save({"state_dict": weights.tensors}, buffer)
@@ -286,3 +300,51 @@ def _taesd(weights: Weights, root: str, scale: float, width: int = 64) -> None:
     weights.constant(f"{decoder}.19.bias", 3, 0.5)  # mid grey
     weights.tensors[f"{root}vae_scale"] = torch.tensor(scale)
     weights.tensors[f"{root}vae_shift"] = torch.tensor(0.0)
+
+
+def _vae(
+    weights: Weights, root: str, width: int = 128, factors: tuple[int, ...] = (1, 2, 4, 4), layers: int = 2
+) -> None:
+    """The autoencoder of SD1.5 and SDXL; its sizes are fixed in ComfyUI."""
+
+    def res_block(name: str, n_in: int, n_out: int) -> None:
+        weights.norm(f"{name}.norm1", n_in)
+        weights.conv(f"{name}.conv1", n_in, n_out, 3)
+        weights.norm(f"{name}.norm2", n_out)
+        weights.conv(f"{name}.conv2", n_out, n_out, 3, gain=0.3)
+        if n_in != n_out:
+            weights.conv(f"{name}.nin_shortcut", n_in, n_out, 1)
+
+    def middle(name: str, width: int) -> None:
+        res_block(f"{name}.block_1", width, width)
+        weights.norm(f"{name}.attn_1.norm", width)
+        for part in ("q", "k", "v"):
+            weights.conv(f"{name}.attn_1.{part}", width, width, 1)
+        weights.conv(f"{name}.attn_1.proj_out", width, width, 1, gain=0.3)
+        res_block(f"{name}.block_2", width, width)
+
+    levels = [width * factor for factor in factors]
+    encoder, decoder = f"{root}encoder", f"{root}decoder"
+    weights.conv(f"{encoder}.conv_in", 3, width, 3)
+    before = width
+    for level, now in enumerate(levels):
+        for block in range(layers):
+            res_block(f"{encoder}.down.{level}.block.{block}", before, now)
+            before = now
+        if level < len(levels) - 1:
+            weights.conv(f"{encoder}.down.{level}.downsample.conv", now, now, 3)
+    middle(f"{encoder}.mid", before)
+    weights.norm(f"{encoder}.norm_out", before)
+    weights.conv(f"{encoder}.conv_out", before, 8, 3)
+    weights.conv(f"{root}quant_conv", 8, 8, 1)
+    weights.conv(f"{root}post_quant_conv", 4, 4, 1)
+    weights.conv(f"{decoder}.conv_in", 4, before, 3)
+    middle(f"{decoder}.mid", before)
+    for level, now in reversed(list(enumerate(levels))):
+        for block in range(layers + 1):
+            res_block(f"{decoder}.up.{level}.block.{block}", before, now)
+            before = now
+        if level:
+            weights.conv(f"{decoder}.up.{level}.upsample.conv", now, now, 3)
+    weights.norm(f"{decoder}.norm_out", before)
+    weights.conv(f"{decoder}.conv_out", before, 3, 3, gain=0.2)

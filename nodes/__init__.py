@@ -18,6 +18,7 @@ from .reference_files import FlexIPLoadReference, FlexIPSaveReference
 from .sampler import FlexIPSampler
 from .schedule import FlexIPGateBatch, FlexIPGateSchedule
 from .score import FlexIPScore
+from .train import FlexIPTrain, FlexIPTrainingStatus
 
 files.register_folders()
 
@@ -40,6 +41,8 @@ class FlexIPExtension(ComfyExtension):
             FlexIPScore,
             FlexIPAutoGate,
             FlexIPDemoModels,
+            FlexIPTrain,
+            FlexIPTrainingStatus,
         ]
 
 

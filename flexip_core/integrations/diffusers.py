@@ -1,10 +1,13 @@
 """FlexIP in diffusers' UNet2DConditionModel (SD1.5 and SDXL class), with the gate and attention code of ComfyUI's side.
 
-    with gated(pipe.unet, branches(network, features, text, gates=(0.7,))):
-        pipe(prompt_embeds=text, ...)
+    network = load_checkpoint("flexip.safetensors").to(pipe.device)
+    features = encode_references(network, [picture], "clip_vision.safetensors", "dinov2.safetensors")
+    text, no_text = pipe.encode_prompt("a dog on a beach", pipe.device, 1, True, "")[:2]
+    with gated(pipe.unet, guided(network, features, text, no_text, gates=(0.7,))):
+        image = pipe(prompt_embeds=text, negative_prompt_embeds=no_text).images[0]
 
-Everything is row by row: a batch may hold b references, b texts and b gates. Classifier-free guidance makes two rows of one:
-give features (the null reference is zeros), text and gates in the order of the UNet's rows. All of it is differentiable.
+Everything is row by row: a batch may hold b references, b texts and b gates. A pipeline with classifier-free guidance makes two
+rows of each one, for which `guided` is; for a UNet called by hand `branches` gives the rows as they are. All of it is differentiable.
 
 Shape legend: b batch, n image tokens, t text tokens, w text width, c inner width.
 """
@@ -12,14 +15,19 @@ Shape legend: b batch, n image tokens, t text tokens, w text width, c inner widt
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
+from PIL import Image
 
 from ..adapters import ADAPTERS, FlexIPNetwork
 from ..attention import Branch, attention, decoupled_attention
+from ..encoders import load_tower
 from ..gate import Numbers, gated_branches
+from ..images import normalise, prepare
 
 Branches = Mapping[str, tuple[Branch, ...]]
 """Block address -> what the block's cross-attention adds."""
@@ -48,6 +56,57 @@ def branches(
         )
         for address in network.block_widths
     }
+
+
+def guided(
+    network: FlexIPNetwork,
+    features: Mapping[str, torch.Tensor],
+    text: torch.Tensor,
+    no_text: torch.Tensor,
+    gates: Numbers = (0.6,),
+    strengths: Numbers = (1.0,),
+) -> Branches:
+    """`branches` for a pipeline with classifier-free guidance, which runs the negative rows first.
+
+    text and no_text (b, t, w) as pipe.encode_prompt gives them (with negative_prompt "", as ComfyUI has it). One reference serves
+    all b rows. The negative rows get the null reference, as in ComfyUI.
+    """
+    dtype = next(network.parameters()).dtype  # may be another one than the pipeline's
+    rows = {name: value.to(dtype).expand(len(text), *value.shape[1:]) for name, value in features.items()}
+    both = {name: torch.cat([torch.zeros_like(value), value]) for name, value in rows.items()}
+    return branches(network, both, torch.cat([no_text, text]).to(dtype), _twice(gates), _twice(strengths))
+
+
+def _twice(numbers: Numbers) -> Numbers:
+    return numbers if len(numbers) == 1 else (*numbers, *numbers)
+
+
+@torch.no_grad()
+def encode_references(
+    network: FlexIPNetwork,
+    pictures: Sequence[Image.Image],
+    clip_vision: str | Path,
+    dino: str | Path,
+    crop: str = "center",
+) -> dict[str, torch.Tensor]:
+    """What the adapters read of each picture, row by row, on the network's device; `crop` as in Encode Reference.
+
+    `clip_vision` and `dino` are the encoders' files, of the kind that the adapters were trained with: others are refused.
+    """
+    device, features = next(network.parameters()).device, {}
+    for need in network.needs():
+        tower = load_tower(need.encoder, dino if need.kind == "patches" else clip_vision).to(device)
+        squares = [prepare(_floats(picture), None, crop, tower.image_size) for picture in pictures]
+        features[need.name] = tower(normalise(torch.stack(squares), tower.mean, tower.std).to(device))
+    return features
+
+
+def _floats(picture: Image.Image) -> torch.Tensor:
+    """(h, w, 3 or 4) in 0..1"""
+    picture = picture.convert(
+        "RGBA" if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info else "RGB"
+    )
+    return torch.from_numpy(np.array(picture)).float() / 255
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..encoders import ClipTower, DinoTower
+from ..training.base import Text
 from ..training.loop import generator
 from ..training.losses import add_noise, min_snr_weights, noise_loss
 from ..weights import read_header, read_tensors, write_atomically
@@ -70,11 +71,14 @@ class MiniBase:
     def device(self) -> torch.device:
         return self.alphas_cumprod.device
 
-    def encode_text(self, captions: Tensor) -> Tensor:
-        return self.text(captions.to(self.device))
+    def encode_text(self, captions: Tensor) -> Text:
+        return Text(self.text(captions.to(self.device)))
 
-    def empty_text(self) -> Tensor:
+    def empty_text(self) -> Text:
         return self.encode_text(torch.zeros(1, len(world.SLOTS), dtype=torch.long))
+
+    def added_conditions(self, text: Text, latents: Tensor) -> None:
+        return None
 
     def to_latents(self, pictures: Tensor) -> Tensor:
         return to_latents(pictures.to(self.device))

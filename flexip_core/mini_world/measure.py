@@ -113,7 +113,18 @@ def gate_sweep(
     with torch.no_grad():
         features = base.features(tests.reference)
         rows = [
-            draw(base, prompts, noise, network, features, gate, tuple(adapters), setup.steps, setup.cfg, dial)
+            draw(
+                base,
+                prompts,
+                noise,
+                network,
+                features,
+                gate,
+                tuple(adapters),
+                steps=setup.steps,
+                cfg=setup.cfg,
+                dial=dial,
+            )
             for gate in setup.gates
         ]
         seen = torch.stack([tools.judge(row).features for row in rows])

@@ -58,7 +58,7 @@ def save_clip(clip: Contrast, folder: Path) -> None:
 def probe(base: MiniBase, tools: Instruments) -> Probe:
     """Identity and obedience at three gates, texts that name another place than the reference's; few cases, always the same."""
 
-    def scores(network: FlexIPNetwork) -> dict[str, float]:
+    def scores(network: FlexIPNetwork, step: int = 0) -> dict[str, float]:
         result = gate_sweep(base, network, "conflict", tools, PROBE)
         identity = {f"identity_{gate:g}": result.at("identity", gate) for gate in PROBE.gates}
         obeyed = {

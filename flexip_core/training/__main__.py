@@ -1,53 +1,179 @@
-"""python -m flexip_core.training run config.toml [--resume]
+"""python -m flexip_core.training run config.toml [--resume] [--export adapters.safetensors]
+torchrun --nproc-per-node 4 -m flexip_core.training run config.toml    (or accelerate launch; 4 GPUs)
 python -m flexip_core.training export run_folder adapters.safetensors [--last]
+python -m flexip_core.training memory config.toml --base SD1.5 --size 512 [--ranks 4]    what one GPU has to hold
+python -m flexip_core.training check data [--size 512] [--sheet pairs.png]               what is wrong with the pictures
+python -m flexip_core.training cache config.toml                                         latents, texts and features, once
+python -m flexip_core.training import KIND source data                                   known layouts of others
+python -m flexip_core.training pack data shards  |  unpack shards data                   WebDataset shards
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
+import inspect
 import logging
 import sys
 from pathlib import Path
 
+from ..weights import write_atomically
+from .background import STOP, locked
 from .base import Task
 from .checkpointing import export, states
 from .config import TrainConfig, read_config
-from .loop import Trainer, TrainingError
+from .importers import KINDS, WAYS, import_data
+from .loop import BEST, FINAL, Trainer
+from .ranks import TrainingError, joined
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m flexip_core.training", description="Train FlexIP adapters.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train; SIGTERM and Ctrl+C save the state and stop")
-    run.add_argument("config", help="a TOML file")
-    run.add_argument(
-        "--resume", action="store_true", help="go on from the newest state in the run's folder, if there is one"
-    )
-    out = commands.add_parser("export", help="write the adapters of a run's newest state as a file for ComfyUI")
-    out.add_argument("folder", help="of the run")
-    out.add_argument("file", help="the .safetensors to write")
-    out.add_argument("--last", action="store_true", help="the last weights instead of the averaged ones")
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        if options.command == "run":
-            cfg = read_config(options.config)
-            task = make_task(cfg)
-            Trainer(cfg, *task).run(resume=options.resume)
-        else:
-            found = states(options.folder)
-            if not found:
-                raise ValueError(f"{options.folder} holds no training state; give the folder of a run.")
-            export(found[-1], Path(options.file), "weights" if options.last else "average")
-    except (ValueError, TrainingError) as error:
+        return options.command(options) or 0
+    except (ValueError, RuntimeError, OSError) as error:  # a TrainingError is a RuntimeError
+        if not isinstance(error, (ValueError, TrainingError, OSError)) and type(error) is not RuntimeError:
+            raise
         logging.error("%s", error)
         return 1
-    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m flexip_core.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(function, help: str, *names: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(function.__name__.removesuffix("_"), help=help)
+        for name in names:
+            one.add_argument(name, type=None if name in ("kind", "config") else Path)
+        one.set_defaults(command=function)
+        return one
+
+    one = command(run, "train; SIGTERM and Ctrl+C save the state and stop", "config")
+    one.add_argument(
+        "--resume", action="store_true", help="go on from the newest state in the run's folder, if there is one"
+    )
+    one.add_argument("--export", type=Path, metavar="FILE", help="where the best adapters go when it is done")
+
+    one = command(export_, "write the adapters of a run's newest state as a file for ComfyUI", "folder", "file")
+    one.add_argument("--last", action="store_true", help="the last weights instead of the averaged ones")
+
+    one = command(memory, "count what one GPU has to hold", "config")
+    one.add_argument("--base", required=True, help="SD1.5 or SDXL")
+    one.add_argument("--size", type=int, required=True, help="side of the pictures in pixels")
+    one.add_argument("--ranks", type=int, default=1, help="GPUs that share a batch")
+
+    one = command(check, "say what is wrong with training pictures", "data")
+    one.add_argument("--size", type=int, default=512)
+    one.add_argument("--sheet", type=Path, help="a picture of some pairs, to look at")
+    one.add_argument("--pairs", type=int, default=8, help="on the sheet")
+    one.add_argument("--seed", type=int, default=0, help="which pairs")
+
+    one = command(cache, "encode pictures and captions of a config's data once, into its cache folder", "config")
+    one.add_argument("--patches", action="store_true", help="DINO's patches, too: 512 KB per reference")
+    one.add_argument("--dry-run", action="store_true", help="only say what it would take")
+
+    one = command(import_, "bring pictures in a known layout into ours", "kind", "source", "data")
+    one.epilog = f"kinds: {', '.join(KINDS)}"
+    one.add_argument(
+        "--way", choices=WAYS, default=WAYS[0], help="link: hard links where possible, which take no space"
+    )
+    one.add_argument("--template", help="of paths, for co3d")
+    one.add_argument("--pictures", type=Path, help="where an ip_adapter list's files lie")
+    one.add_argument("--to", choices=("variant", "invariant"), help="for kohya folders")
+    one.add_argument("--views", type=int, help="at most so many of each subject")
+
+    one = command(pack, "write a folder of pictures as WebDataset shards", "data", "shards")
+    one.add_argument("--megabytes", type=int, default=1024, help="of a shard")
+    command(unpack, "write shards as a folder of pictures", "shards", "data")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    cfg = read_config(options.config)
+    folder = Path(cfg.folder)
+    with joined(cfg.device) as ranks:
+        if not ranks.first:
+            logging.getLogger().setLevel(logging.WARNING)
+        cfg = dataclasses.replace(cfg, device=ranks.device(cfg.device))
+        with locked(folder, ranks):
+            with ranks.together():
+                trainer = Trainer(cfg, *make_task(cfg), ranks=ranks)
+            try:
+                done = trainer.run(resume=options.resume, should_stop=(folder / STOP).exists)
+            finally:
+                (folder / STOP).unlink(missing_ok=True)
+            if done and options.export and ranks.first:
+                best = folder / BEST if (folder / BEST).exists() else folder / FINAL
+                write_atomically(options.export, best.read_bytes())
+                logging.info("The adapters are in %s.", options.export)
+
+
+def export_(options: argparse.Namespace) -> None:
+    found = states(options.folder)
+    if not found:
+        raise ValueError(f"{options.folder} holds no training state; give the folder of a run.")
+    export(found[-1], options.file, "weights" if options.last else "average")
+
+
+def memory(options: argparse.Namespace) -> None:
+    from .memory import report
+
+    logging.info("%s", report(read_config(options.config), options.base, options.size, options.ranks))
+
+
+def check(options: argparse.Namespace) -> int:
+    from .check import check, contact_sheet_of_pairs
+    from .folders import make_source
+
+    found = check(options.data, options.size)
+    logging.info("%s", found.text())
+    if options.sheet and found.ok:
+        contact_sheet_of_pairs(make_source(options.data, options.size), options.pairs, options.seed).save(options.sheet)
+        logging.info("Pairs to look at are in %s.", options.sheet)
+    return 0 if found.ok else 1
+
+
+def cache(options: argparse.Namespace) -> None:
+    from .sd import fill_cache
+
+    cfg = read_config(options.config)
+    fill_cache(cfg, options.patches, options.dry_run)
+
+
+def import_(options: argparse.Namespace) -> None:
+    number = import_data(
+        options.kind,
+        options.source,
+        options.data,
+        options.way,
+        options.template,
+        options.pictures,
+        options.to,
+        options.views,
+    )
+    logging.info("%d pictures are in %s.", number, options.data)
+
+
+def pack(options: argparse.Namespace) -> None:
+    from .shards import pack
+
+    made = pack(options.data, options.shards, options.megabytes * 2**20)
+    logging.info("%d shards are in %s.", len(made), options.shards)
+
+
+def unpack(options: argparse.Namespace) -> None:
+    from .shards import unpack
+
+    logging.info("%d files are in %s.", unpack(options.shards, options.data), options.data)
 
 
 def make_task(cfg: TrainConfig) -> Task:
-    """What the config's `[task]` names: a function in an importable module."""
+    """What the config's `[task]` names: a function in an importable module. It gets the config as `run` if it wants it."""
     options = dict(cfg.task)
     module, _, function = str(options.pop("make", "")).partition(":")
     if not module or not function:
@@ -56,7 +182,13 @@ def make_task(cfg: TrainConfig) -> Task:
         make = getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"[task] make = {cfg.task['make']!r} does not name a function: {error}.") from None
-    return make(device=cfg.device, **options)
+    more = {"run": cfg} if "run" in inspect.signature(make).parameters else {}
+    try:
+        return make(device=cfg.device, **more, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error) or "required positional argument" in str(error):
+            raise ValueError(f"[task] does not fit {module}:{function}: {error}.") from None
+        raise
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the trainer needs of a frozen base model, and how a config names what it trains on.
 
-Shape legend: b batch, t text tokens, w text width, p patch tokens, h x w pixels, c x h' x w' latent.
+Shape legend: b batch, t text tokens, w text width, v pooled width, p patch tokens, h x w pixels, c x h' x w' latent.
 """
 
 from __future__ import annotations
@@ -14,6 +14,30 @@ import torch.nn as nn
 from ..adapters import FlexIPNetwork
 from ..config import ClipConfig, DinoConfig
 from .data import Captions, PairSource
+
+
+class Text(NamedTuple):
+    """Encoded captions."""
+
+    tokens: torch.Tensor  # (b, t, w)
+    pooled: torch.Tensor | None = None  # (b, v), what SDXL reads besides
+
+    def replaced(self, rows: torch.Tensor, other: Text) -> Text:
+        """With `other` (one text, or one per row) in those `rows` (b,), bool."""
+        return self._both(
+            other, lambda own, new: torch.where(rows.view(-1, *[1] * (own.dim() - 1)).to(own.device), new, own)
+        )
+
+    def followed_by(self, other: Text) -> Text:
+        """The rows of both."""
+        return self._both(other, lambda own, new: torch.cat([own, new]))
+
+    def expand(self, rows: int) -> Text:
+        """One text as that many rows."""
+        return self._both(self, lambda own, _: own.expand(rows, *own.shape[1:]))
+
+    def _both(self, other: Text, how: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Text:
+        return Text(*(None if own is None else how(own, new) for own, new in zip(self, other)))
 
 
 class Base(Protocol):
@@ -30,11 +54,14 @@ class Base(Protocol):
     dino: DinoConfig
     alphas_cumprod: torch.Tensor  # (timesteps,), float32, falling
 
-    def encode_text(self, captions: Captions) -> torch.Tensor:
-        """(b, t, w); `captions` as the PairSource gives them, phrases possibly dropped."""
+    def encode_text(self, captions: Captions) -> Text:
+        """b texts; `captions` as the PairSource gives them, phrases possibly dropped."""
 
-    def empty_text(self) -> torch.Tensor:
-        """(1, t, w), the same t: what stands for "no text"."""
+    def empty_text(self) -> Text:
+        """One text with as many tokens: what stands for "no text"."""
+
+    def added_conditions(self, text: Text, latents: torch.Tensor) -> dict[str, torch.Tensor] | None:
+        """What the UNet reads besides the text tokens (diffusers' added_cond_kwargs) for b texts and latents; None without."""
 
     def to_latents(self, pictures: torch.Tensor) -> torch.Tensor:
         """(b, 3, h, w) in -1..1 -> (b, c, h', w'), scaled as the UNet expects them."""
@@ -46,8 +73,8 @@ class Base(Protocol):
         """Batch.references -> "cls" (b, clip width) and "patches" (b, p, dino width); zeros stand for "no reference"."""
 
 
-Probe = Callable[[FlexIPNetwork], Mapping[str, float]]
-"""Scores the averaged weights on fixed seeds. The entry "score" (larger is better) decides which checkpoint is the best."""
+Probe = Callable[[FlexIPNetwork, int], Mapping[str, float]]
+"""(averaged weights, steps done) -> scores on fixed seeds. The entry "score" (larger is better) decides which checkpoint is the best."""
 
 
 class Task(NamedTuple):

@@ -2,7 +2,7 @@
 
 Tensors: `weights.<key>` and `average.<key>` of the whole network, `moment1.<key>`, `moment2.<key>` and `count.<key>` of AdamW for
 what is trained, `meter` (losses since the last log line). Metadata: `flexip.training` = JSON. Randomness needs no state: it is a
-function of (seed, step, rank). The learning rate is one of the step.
+function of (seed, step), and the number of ranks changes nothing, so a run may go on with more or fewer. The learning rate is one of the step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..weights import name_of, read_header, read_tensors, write_atomically
 FORMAT = "1"
 STATE_KEY = "flexip.training"
 _NAME = re.compile(r"state_(\d{8})\.safetensors")
-MAY_CHANGE = ("steps", "folder", "device", "log_every", "probe_every", "checkpoint_every", "keep", "task")
+MAY_CHANGE = ("steps", "folder", "device", "recompute", "log_every", "probe_every", "checkpoint_every", "keep", "task")
 """Settings that a resumed run may have different: they change none of the steps done so far."""
 
 

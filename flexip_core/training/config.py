@@ -6,6 +6,7 @@ Ranges are written as one number or as [low, high]. Everything but `steps`, `bat
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 import types
@@ -121,10 +122,13 @@ class NetworkConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int
-    batch: int
+    batch: int  # rows of one step, of all ranks together: each takes batch / ranks, which must be a whole number
     seed: int
     folder: str  # of the run: log, states, adapters
     device: str = "cpu"
+    recompute: bool = (
+        False  # the UNet's activations a second time for the gradient instead of keeping them: slower, far less memory
+    )
     precision: str = "fp32"  # of the UNet's and the adapters' arithmetic; the trained weights stay fp32
     start: str = "text"  # to_k, to_v: the UNet's own text projections, zero (the bare model at first), or random
     train_adapters: tuple[str, ...] = ADAPTERS  # one alone is an IP-Adapter: the other takes no part
@@ -184,18 +188,31 @@ class TrainConfig:
         return _build(cls, data, "")
 
 
-def read_config(path: str | Path) -> TrainConfig:
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """`name` begins the sentence about text that is no TOML."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{name} is not a TOML file: {error}.") from None
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """A TOML file, or a .json with the same contents, as programs write it."""
     path = Path(path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; check the name of the training config.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is not a TOML file: {error}.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not a text file: {error}.") from None
+    try:
+        data = json.loads(text) if path.suffix == ".json" else parse_toml(text, path.name)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} is not a JSON file: {error}.") from None
     try:
         return TrainConfig.from_dict(data)
     except ValueError as error:
@@ -239,7 +256,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} must be a number, got {value!r}.")
         return float(value)
     if type(value) is not hint:
-        word = {int: "a whole number", str: "text"}[hint]
+        word = {int: "a whole number", str: "text", bool: "true or false"}[hint]
         raise ValueError(f"{where} must be {word}, got {value!r}.")
     return value
 

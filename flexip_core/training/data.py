@@ -1,7 +1,7 @@
 """Pairs of a reference and a target (paper section 3.4: what the gate learns to tell apart).
 
 Variant data: two pictures of one subject, the reference is one and the target the other. Invariant data: the reference is made
-from the target itself. Every draw comes from the generator that the loop gives, so a batch is a function of (seed, step, rank).
+from the target itself. Every draw comes from the generator that the loop gives, so a batch is a function of (seed, step).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .config import DropoutConfig, TrainConfig
 
 KINDS = ("invariant", "variant")
 INVARIANT, VARIANT = range(len(KINDS))
+ALL = slice(None)
 
 Captions = torch.Tensor | list[tuple[str, ...]]
 """Captions as phrases, so that single phrases can be dropped: word ids (b, phrases) with 0 for "nothing said", or texts."""
@@ -43,8 +44,12 @@ class PairSource(Protocol):
     def pictures(self) -> int:
         """How many pictures there are for invariant data."""
 
-    def batch(self, kinds: torch.Tensor, generator: torch.Generator) -> Batch:
-        """One row per entry of `kinds` (b,). Draws from `generator` (on the CPU) and from nothing else."""
+    def batch(self, kinds: torch.Tensor, generator: torch.Generator, rows: slice = ALL) -> Batch:
+        """The `rows` of a batch with one row per entry of `kinds`. Draws from `generator` (on the CPU) and from nothing else.
+
+        Everything is drawn for the whole batch, then only these rows are read and made: of several processes that train
+        together each makes its own, and all of them together are the batch that one process would make.
+        """
 
 
 class PicturePairs:
@@ -81,7 +86,7 @@ class PicturePairs:
     def pictures(self) -> int:
         return len(self.all)
 
-    def batch(self, kinds: torch.Tensor, generator: torch.Generator) -> Batch:
+    def batch(self, kinds: torch.Tensor, generator: torch.Generator, rows: slice = ALL) -> Batch:
         b = len(kinds)
         draws = torch.rand(7, b, generator=generator, dtype=torch.float64)
         targets = (draws[0] * len(self.all)).long()
@@ -90,12 +95,16 @@ class PicturePairs:
             first, second = self._two_views(*draws[1:4])
             targets = torch.where(kinds == VARIANT, first, targets)
             references = torch.where(kinds == VARIANT, second, targets)
-        pictures = self.all[references]
         part = (kinds == INVARIANT) & (draws[4] >= self.whole)
+        area = self.crop[0] + (self.crop[1] - self.crop[0]) * draws[5]
+        place = torch.zeros(b, 2, dtype=torch.float64)
+        place[part] = torch.rand(int(part.sum()), 2, generator=generator, dtype=torch.float64)
+        kinds, targets, references, part, area, place = (
+            t[rows] for t in (kinds, targets, references, part, area, place)
+        )
+        pictures = self.all[references]
         if part.any():
-            area = self.crop[0] + (self.crop[1] - self.crop[0]) * draws[5][part]
-            place = torch.rand(int(part.sum()), 2, generator=generator, dtype=torch.float64)
-            pictures[part] = crops(pictures[part], area, place)
+            pictures[part] = crops(pictures[part], area[part], place[part])
         captions = self.captions
         chosen = captions[targets] if isinstance(captions, torch.Tensor) else [captions[i] for i in targets.tolist()]
         return Batch(self.all[targets], pictures, chosen, kinds)
@@ -123,14 +132,22 @@ def crops(pictures: torch.Tensor, area: torch.Tensor, place: torch.Tensor) -> to
 
 
 def drop_phrases(
-    captions: Captions, phrases: tuple[str, ...], cfg: DropoutConfig, generator: torch.Generator
+    captions: Captions,
+    phrases: tuple[str, ...],
+    cfg: DropoutConfig,
+    generator: torch.Generator,
+    batch: int | None = None,
+    rows: slice = ALL,
 ) -> Captions:
-    """Every phrase of every caption stays or goes by itself."""
+    """Every phrase of every caption stays or goes by itself. `captions` are the `rows` of a batch of that many rows."""
+    b = len(captions) if batch is None else batch
     if isinstance(captions, torch.Tensor):
-        draws = torch.rand(captions.shape, generator=generator)
+        draws = torch.rand(b, captions.shape[1], generator=generator)[rows]
         return captions.masked_fill((draws < _rates(phrases, captions.shape[1], cfg)).to(captions.device), 0)
     longest = max(map(len, captions), default=0)
-    gone = (torch.rand(len(captions), longest, generator=generator) < _rates(phrases, longest, cfg)).tolist()
+    # phrase by phrase, so that the draws do not depend on which of the batch's captions is the longest
+    draws = torch.rand(longest, b, generator=generator).T[rows]
+    gone = (draws < _rates(phrases, longest, cfg)).tolist()
     return [tuple(phrase for phrase, drop in zip(caption, row) if not drop) for caption, row in zip(captions, gone)]
 
 

@@ -69,7 +69,7 @@ def test_the_dino_is_what_timm_makes_from_the_config(models: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout, blocks", [("sd15_min", 4), ("sd15_narrow", 16), ("sd15_full", 16), ("sdxl_min", 11), ("sdxl_narrow", 70)]
+    "layout, blocks", [("sd15_min", 4), ("sd15_narrow", 16), ("sd15_full", 16), ("sdxl_min", 26), ("sdxl_narrow", 70)]
 )
 def test_block_addresses_name_the_cross_attentions_in_the_file(tmp_path: Path, layout: str, blocks: int) -> None:
     mini_checkpoints.make_base(tmp_path / "base.ckpt", layout)

@@ -148,6 +148,6 @@ def test_the_base_speaks_the_trainers_protocol(dino):
     features = base.features(seen)
     assert features["cls"].shape == (2, base.clip.width)
     assert features["patches"].shape == (2, 16, base.dino.width)
-    assert base.empty_text().shape == (1, 4, base.text_width)
+    assert base.empty_text().tokens.shape == (1, 4, base.text_width)
     assert torch.equal(base.to_pictures(base.to_latents(seen)), seen)
     assert base.alphas_cumprod.shape == (1000,) and base.alphas_cumprod[-1] < 0.005 < 0.99 < base.alphas_cumprod[0]

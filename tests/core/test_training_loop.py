@@ -34,9 +34,9 @@ def base():
 
 @pytest.fixture
 def trainer_for(base, tmp_path):
-    def make(probe=None, rank=0, base=base, source=None, mode="outputs", **changes):
+    def make(probe=None, base=base, source=None, mode="outputs", **changes):
         cfg = fakes.with_network(fakes.config(tmp_path / "run", **changes), gate_mode=mode)
-        return Trainer(cfg, base, source or fakes.pairs(), probe, rank)
+        return Trainer(cfg, base, source or fakes.pairs(), probe)
 
     return make
 
@@ -103,7 +103,7 @@ def test_randomness_is_a_function_of_seed_step_rank_and_purpose():
     assert one not in others and len({tuple(o) for o in others}) == 4
 
 
-def test_a_run_depends_on_seed_and_rank_and_on_no_other_randomness(trainer_for):
+def test_a_run_depends_on_the_seed_and_on_no_other_randomness(trainer_for):
     def losses(**changes):
         trainer = trainer_for(**changes)
         torch.rand(torch.randint(1, 9, ()))  # somebody else draws from torch's own generator
@@ -111,7 +111,7 @@ def test_a_run_depends_on_seed_and_rank_and_on_no_other_randomness(trainer_for):
 
     same = losses()
     assert losses() == same
-    assert losses(rank=1) != same and losses(seed=4) != same
+    assert losses(seed=4) != same
 
 
 # --- what the model is given
@@ -127,8 +127,8 @@ def test_dropped_references_are_zero_features_and_dropped_texts_the_empty_text(t
     assert torch.equal((features["patches"] == 0).flatten(1).all(1), no_reference)
     for name in full:
         assert torch.equal(features[name][~no_reference], full[name][~no_reference])
-    no_text = (text == base.empty_text()).flatten(1).all(1)
-    assert torch.equal(text[~no_text], base.encode_text(batch.captions)[~no_text])
+    no_text = (text.tokens == base.empty_text().tokens).flatten(1).all(1)
+    assert torch.equal(text.tokens[~no_text], base.encode_text(batch.captions).tokens[~no_text])
     combinations = {(bool(a), bool(b)) for a, b in zip(no_reference, no_text)}
     assert combinations == {(False, False), (False, True), (True, False), (True, True)}
 
@@ -139,7 +139,7 @@ def test_phrases_are_dropped_from_the_text(trainer_for, base):
     text, _ = trainer.conditions(batch)
     without = batch.captions.clone()
     without[:, fakes.PHRASES.index("ground")] = 0
-    assert torch.equal(text, base.encode_text(without))
+    assert torch.equal(text.tokens, base.encode_text(without).tokens)
 
 
 def test_to_k_and_to_v_start_from_the_bases_own_text_projections(trainer_for, base):
@@ -160,7 +160,7 @@ def test_a_start_at_zero_is_the_bare_base_and_trains(trainer_for, base):
     assert torch.equal(torch.randint(1000, (4,), generator=g), timesteps)
     noise, a = torch.randn(latents.shape, generator=g), base.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-    bare = base.unet(noisy, timesteps, encoder_hidden_states=base.encode_text(batch.captions)).sample
+    bare = base.unet(noisy, timesteps, encoder_hidden_states=base.encode_text(batch.captions).tokens).sample
     torch.testing.assert_close(losses, (bare - noise).square().mean((1, 2, 3)))
     for _ in range(2):
         trainer.step()
@@ -287,7 +287,7 @@ def test_a_run_writes_log_states_and_adapters(trainer_for):
 def test_the_probe_decides_what_is_best(trainer_for):
     scores, seen = iter([0.5, 0.9, 0.7]), []
 
-    def probe(network):
+    def probe(network, step):
         seen.append(weights(network))
         assert not torch.is_grad_enabled()
         return {"score": next(scores), "identity": 0.1}
@@ -305,7 +305,7 @@ def test_the_probe_decides_what_is_best(trainer_for):
 @pytest.mark.parametrize("answer", [{"identity": 1.0}, {"score": float("nan")}])
 def test_a_probe_without_a_usable_score_stops_the_run(trainer_for, answer):
     with pytest.raises(TrainingError, match="a probe must return one finite number of that name"):
-        trainer_for(lambda network: answer, probe_every=1).run()
+        trainer_for(lambda network, step: answer, probe_every=1).run()
 
 
 def test_should_stop_ends_a_run_after_saving(trainer_for):

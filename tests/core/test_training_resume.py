@@ -71,7 +71,7 @@ def rewritten(path, edit_tensors=None, edit_about=None):
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4])
 def test_interrupted_and_resumed_equals_uninterrupted(base, tmp_path, stop_at):
-    def probe(network):
+    def probe(network, step):
         return {"score": float(network.preservation.queries.sum())}
 
     jitter = dict(gates=GateConfig((0.5, 1.0), (0.0, 0.5)), probe=probe)

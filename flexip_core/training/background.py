@@ -1,0 +1,241 @@
+"""A training run in a process of its own, and what a run's folder tells about it from outside.
+
+A run's folder: config.json, output.log (what the process said), log.jsonl, states, previews/, best and final adapters; run.lock is held
+while a process writes there, and the file "stop" asks it to save and stop. The process belongs to nobody: neither a page that is
+closed nor a server that ends takes it along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..weights import write_atomically
+from .checkpointing import MAY_CHANGE
+from .config import TrainConfig
+from .loop import FINAL, LOG
+from .ranks import Ranks, TrainingError
+
+CONFIG, LOCK, STOP, OUTPUT, PREVIEWS = "config.json", "run.lock", "stop", "output.log", "previews"
+PROCESS = "process.json"
+PATIENCE = 2.0  # seconds: somebody who only looks holds the lock for a moment
+STOPPED = "Stopped after step"  # what the loop says
+PACK = Path(__file__).resolve().parents[2]
+
+
+@contextlib.contextmanager
+def locked(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
+    """Only one run at a time writes a folder; its first rank holds the lock. The system takes it back if the process dies."""
+    from filelock import FileLock, Timeout  # torch brings it
+
+    lock = FileLock(folder / LOCK, timeout=PATIENCE)
+    with ranks.together():
+        if ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise TrainingError(
+                    f"Another process is training in {folder}; wait for it, stop it, or choose another folder."
+                ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_running(folder: Path) -> bool:
+    return _is_locked(folder) or _is_alive(folder)
+
+
+def _is_locked(folder: Path) -> bool:
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _is_alive(folder: Path) -> bool:
+    """The process that `start` began: it needs some seconds until it holds the lock."""
+    import psutil  # ComfyUI brings it
+
+    try:
+        data = json.loads((folder / PROCESS).read_text(encoding="utf-8"))
+        process = psutil.Process(data["pid"])
+        return process.create_time() == data["created"] and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, ValueError, KeyError, psutil.Error):
+        return False
+
+
+def start(cfg: TrainConfig, export: Path | None = None) -> None:
+    """Starts or resumes the run of `cfg.folder`; `export`: where the adapters go when it is done. Returns at once.
+
+    ValueError if a process writes there, or if the folder holds a run with other settings.
+    """
+    folder = Path(cfg.folder)
+    if is_running(folder):
+        raise ValueError(f"The run {folder.name} is being trained already; look at it, or stop it first.")
+    known = read_config_of(folder)
+    if known is not None and (changed := changed_settings(known, cfg)):
+        raise ValueError(
+            f"The run {folder.name} was begun with other settings ({changed}); set them back, or give the run another name."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / CONFIG, json.dumps(cfg.to_dict(), indent=1).encode())
+    (folder / STOP).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "flexip_core.training", "run", str(folder / CONFIG), "--resume"]
+    if export is not None:
+        command += ["--export", str(export)]
+    paths = [str(PACK), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    own = (
+        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS} if os.name == "nt" else {}
+    )
+    with (folder / OUTPUT).open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=PACK,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=os.name != "nt",  # no signal to the server's group reaches it
+            **own,
+        )
+    import psutil
+
+    about = {"pid": process.pid, "created": psutil.Process(process.pid).create_time()}
+    write_atomically(folder / PROCESS, json.dumps(about).encode())
+
+
+def ask_to_stop(folder: Path) -> None:
+    """The run saves its state and ends after the step it is in."""
+    if not is_running(folder):
+        raise ValueError(f"The run {folder.name} is not being trained, so there is nothing to stop.")
+    (folder / STOP).touch()
+
+
+def read_config_of(folder: Path) -> TrainConfig | None:
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); give the run another name.") from None
+
+
+def changed_settings(old: TrainConfig, new: TrainConfig) -> str:
+    """What differs and must not in one run, with both values; "" if the run can go on."""
+    before, after = _flat(old.to_dict()), _flat(new.to_dict())
+    free = {*MAY_CHANGE} - ({"steps"} if new.steps < old.steps else set())
+    names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+    return ", ".join(
+        f"{name}: {before.get(name)} there, {after.get(name)} now" for name in names if name.split(".")[0] not in free
+    )
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in data.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return out
+
+
+@dataclass(frozen=True)
+class Status:
+    """`state`: "running", "starting", "stopped", "failed" or "finished". `why`: the last words of a run that failed."""
+
+    name: str
+    state: str
+    step: int
+    steps: int
+    seconds: float  # of training, without probes
+    losses: tuple[dict[str, Any], ...]  # lines of the log, in rising steps
+    probes: tuple[dict[str, Any], ...]
+    previews: tuple[Path, ...]  # oldest first
+    why: str = ""
+
+    def text(self) -> str:
+        """The report, a sentence per line."""
+        lines = [f"Run {self.name}: {self.state} at step {self.step} of {self.steps}."]
+        if self.state in ("running", "starting") and 0 < self.step < self.steps and self.seconds:
+            left = self.seconds / self.step * (self.steps - self.step)
+            lines.append(f"{self.seconds / self.step:.2f} s per step, about {_duration(left)} left.")
+        if self.losses:
+            kinds = self.losses[-1]["loss_by_kind"]
+            lines.append(
+                "Loss: " + ", ".join(f"{kind} {value:.4f}" for kind, value in kinds.items() if value is not None) + "."
+            )
+        if self.probes:
+            last, best = self.probes[-1], next((p for p in reversed(self.probes) if p["best"]), None)
+            numbers = ", ".join(f"{name} {value:.3f}" for name, value in last["probe"].items())
+            lines.append(f"Probe at step {last['step']}: {numbers}. Best so far: step {best['step'] if best else '-'}.")
+        if self.why:
+            lines.append(self.why)
+        return "\n".join(lines)
+
+
+def status(folder: Path) -> Status:
+    """ValueError if `folder` holds no run."""
+    cfg = read_config_of(folder)
+    if cfg is None:
+        raise ValueError(f"There is no training run {folder.name!r} in {folder.parent}; start one with Train FlexIP.")
+    alive, lines = (_is_locked(folder), _is_alive(folder)), _log_lines(folder / LOG)
+    losses = tuple(line for line in lines if "loss" in line)
+    probes = tuple(line for line in lines if "probe" in line)
+    said = _output_lines(folder / OUTPUT)
+    step = max((line["step"] for line in lines), default=0)
+    state, why = _state(*alive, (folder / FINAL).is_file() and step >= cfg.steps, said)
+    previews = tuple(sorted((folder / PREVIEWS).glob("step_*.png")))
+    return Status(
+        folder.name, state, step, cfg.steps, losses[-1]["seconds"] if losses else 0.0, losses, probes, previews, why
+    )
+
+
+def _state(writing: bool, alive: bool, finished: bool, said: list[str]) -> tuple[str, str]:
+    if writing or alive:
+        return "running" if writing else "starting", ""
+    if finished:
+        return "finished", ""
+    last = said[-1] if said else ""
+    if STOPPED in last:
+        return "stopped", "Its state is saved; start it again to go on."
+    if last.startswith(("Step ", "Resumed ")) or not last:
+        return "failed", (
+            "The process ended without a word: memory ran out, or somebody or the system ended it. Start it again: it "
+            "goes on from its last state."
+        )
+    return "failed", last
+
+
+def _log_lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines only: the run may be writing one."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _output_lines(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{max(minutes, 1)} min"

@@ -1,0 +1,166 @@
+"""Training on what `cache.fill` has kept: a source of kept features, and a base that takes them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from .base import Base, Text
+from .cache import CUTS
+from .data import ALL, INVARIANT, VARIANT, Batch, Captions
+from .dataset import DataSet, phrases_of, scan
+from .entries import KEPT, Contents, Entries, Memo, Names, check_identity, kinds_of
+from .folders import DEFAULTS, MEMORY, Choice, Loader, check_size
+from .pictures import CutOptions, fixed_cuts, reference
+
+
+class CachedSource:
+    """PairSource whose batches hold what was kept: latents, and features by name; use it with CachedBase.
+
+    Without kept patches a batch carries the references' pictures for the patch encoder. ValueError where entries are missing.
+    """
+
+    phrases: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        data: DataSet,
+        size: int,
+        cache: str | os.PathLike | Entries,
+        identity: Mapping[str, str],
+        options: CutOptions = DEFAULTS,
+        cuts: int = CUTS,
+        workers: int | None = None,
+        memory: int = MEMORY,
+    ):
+        check_size(size)
+        check_identity(identity)
+        self.data, self.size, self.names = data, size, Names(size, identity)
+        self.entries = cache if isinstance(cache, Entries) else Entries(cache)
+        self.choice = Choice(data)
+        self._cuts = {
+            (kind, masked): fixed_cuts(options, kind, masked, cuts)
+            for kind in (INVARIANT, VARIANT)
+            for masked in (False, True)
+        }
+        memo = Memo(self.entries.folder)
+        self._contents = Contents(data, size, memo)
+        self.patches = self._check()
+        memo.save()
+        self.load = Loader(data.store, size, memory)
+        self._workers = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), "pictures")
+
+    def _check(self) -> bool:
+        """Whether patches are kept, all of them; ValueError if anything else is missing."""
+        missing, total, patches = [], 0, True
+        for view, kinds in kinds_of(self.choice).items():
+            content, masked = self._contents(view)
+            needed = [self.names.latents(content)]
+            for cut in {cut for kind in kinds for cut in self._cuts[kind, masked]}:
+                needed.append(self.names.feature("cls", content, cut))
+                patches = patches and self.names.feature("patches", content, cut) in self.entries
+            total += 1
+            if not all(name in self.entries for name in needed):
+                missing.append(view.name)
+        if missing:
+            raise ValueError(
+                f"Cache: {len(missing)} of {total} pictures are new or changed since the cache in {self.entries.folder} was made, "
+                f"or its encoders or size were others (such as {missing[0]}); run `cache` again."
+            )
+        return patches
+
+    def views(self) -> dict[str, int]:
+        return self.choice.views()
+
+    def pictures(self) -> int:
+        return self.choice.pictures()
+
+    def batch(self, kinds: torch.Tensor, generator: torch.Generator, rows: slice = ALL) -> Batch:
+        draws = torch.rand(len(kinds), 4, generator=generator, dtype=torch.float64)
+        kinds = kinds[rows]
+        latents, captions, used = [], [], []
+        for kind, row in zip(kinds.tolist(), draws[rows].tolist()):
+            shown, other = self.choice(kind, row[:3])
+            content, masked = self._contents(other)
+            cuts = self._cuts[kind, masked]
+            used.append((other, content, cuts[int(row[3] * len(cuts))]))
+            latents.append(self.entries[self.names.latents(self._contents(shown)[0])])
+            captions.append(phrases_of(self.data.caption(shown)))
+        references = {}
+        for entry in ("cls", "patches") if self.patches else ("cls",):
+            references[entry] = torch.stack([self.entries[self.names.feature(entry, c, cut)] for _, c, cut in used])
+        if not self.patches:
+            made = self._workers.map(lambda use: reference(self.load(use[0]), use[2], self.size), used)
+            references["pictures"] = torch.stack(list(made))
+        return Batch(torch.stack(latents), references, captions, kinds)
+
+
+class CachedBase:
+    """A base that reads what was kept and asks the encoders only for the rest, which a real base loads only then.
+
+    `base` may have a method `patches` (pictures -> DINO's patch tokens), which spares CLIP where only those are not kept.
+    """
+
+    def __init__(self, base: Base, entries: Entries, identity: Mapping[str, str]):
+        check_identity(identity)
+        self.base, self.entries, self.names = base, entries, Names(0, identity)
+        self._told = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base":
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def to_latents(self, pictures: torch.Tensor) -> torch.Tensor:
+        if pictures.dtype != KEPT:
+            return self.base.to_latents(pictures)
+        return pictures.to(self.base.alphas_cumprod.device).float()
+
+    def features(self, references: Any) -> dict[str, torch.Tensor]:
+        if isinstance(references, torch.Tensor):
+            return self.base.features(references)
+        device = self.base.alphas_cumprod.device
+        found = {name: value.to(device).float() for name, value in references.items() if name != "pictures"}
+        if "pictures" in references:
+            pictures = references["pictures"]
+            alone = getattr(self.base, "patches", None)
+            found["patches"] = alone(pictures) if alone else self.base.features(pictures)["patches"]
+        return found
+
+    def encode_text(self, captions: Captions) -> Text:
+        names = [self.names.text(caption) for caption in captions]
+        if missing := [i for i, name in enumerate(names) if name not in self.entries]:
+            if not self._told:
+                self._told = True
+                logging.info(
+                    "Cache: texts are encoded while training, because not all are kept (such as %r).",
+                    ", ".join(captions[missing[0]]),
+                )
+            return self.base.encode_text(captions)
+        device = self.base.alphas_cumprod.device
+        tokens = torch.stack([self.entries[name] for name in names]).to(device).float()
+        if f"{names[0]}.pooled" not in self.entries:
+            return Text(tokens)
+        return Text(tokens, torch.stack([self.entries[f"{name}.pooled"] for name in names]).to(device).float())
+
+    def empty_text(self) -> Text:
+        return self.encode_text([()])
+
+
+def cached(
+    base: Base,
+    data: str | os.PathLike,
+    size: int,
+    cache: str | os.PathLike,
+    identity: Mapping[str, str],
+    part: str = "train",
+    **options: Any,
+) -> tuple[CachedBase, CachedSource]:
+    """Base and source for the trainer, over what `fill` has kept."""
+    source = CachedSource(scan(data, part), size, cache, identity, **options)
+    return CachedBase(base, source.entries, identity), source

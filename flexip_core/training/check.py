@@ -1,0 +1,401 @@
+"""What is wrong with training data, before a run finds out: sentences, counts, and a sheet of pairs to look at."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .data import KINDS, PairSource
+from .dataset import DataSet, Group, View, open_store, scan, sha256
+from .folders import mask_misfit
+from .pictures import decode_frame, decode_mask, decode_picture, reduced, subject_box, target
+
+TOKENS = 77  # of a CLIP text encoder, begin and end included
+HASH = 16  # a perceptual hash compares that many neighbours each way
+ALIKE = 10  # of the hash's 256 bits may differ between pictures that look the same
+COSINE = 0.97  # of CLIP embeddings: from here on two views are no variation
+EXAMPLES = 3  # names in a sentence
+
+
+@dataclass(frozen=True)
+class Problem:
+    level: str  # "error": training refuses it or learns something wrong; "warning"; "note"
+    kind: str
+    sentence: str
+    names: tuple[str, ...]  # all that it concerns
+
+
+@dataclass
+class Report:
+    counts: dict[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error; warnings may be meant."""
+        return not any(problem.level == "error" for problem in self.problems)
+
+    def text(self) -> str:
+        c = self.counts
+        lines = [
+            (
+                f"{c['subjects']} subjects with {c['variant views']} views ({c['clips']} clips), {c['loose pictures']} loose pictures; "
+                f"{c['masks']} masks; {c['captions']} captions of their own, {c['class captions']} from a class, {c['empty captions']} empty. "
+                f"For validation {c['val subjects']} subjects and {c['val loose pictures']} loose pictures."
+            )
+        ]
+        if "smallest side" in c:
+            lines.append(f"The smallest picture's shorter side has {c['smallest side']} pixels.")
+        lines += [f"{problem.level.capitalize()}: {problem.sentence}" for problem in self.problems]
+        return "\n".join(lines if self.problems else [*lines, "Nothing is wrong."])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "ok": self.ok,
+            "counts": self.counts,
+            "problems": [vars(p) | {"names": list(p.names)} for p in self.problems],
+        }
+
+
+@dataclass
+class _Seen:
+    """What looking at one view found out."""
+
+    group: Group
+    view: View
+    error: str | None = None
+    side: int = 0
+    pixels: bytes = b""  # digest
+    look: np.ndarray | None = None  # perceptual hash
+    embedding: torch.Tensor | None = None
+    masked: bool = False
+    empty_mask: bool = False
+
+
+def check(
+    data: str | os.PathLike,
+    size: int,
+    tokens: int = TOKENS,
+    embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Decodes everything. ValueError only for what is no data set at all.
+
+    embed: pictures (1, 3, size, size) in -1..1 -> CLIP embeddings (1, width); finds near duplicates instead of the hash.
+    on_progress: views looked at, and how many there are.
+    """
+    store = open_store(data)
+    broken: dict[str, str] = {}
+    train, val = scan(store, "train", broken), scan(store, "val", broken)
+    report = Report()
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        seen = []
+        jobs = [(part, group, view) for part in (train, val) for group, view in part.views()]
+        for result in pool.map(lambda job: _look(*job, size, embed), jobs):
+            seen.append(result)
+            if on_progress is not None:
+                on_progress(len(seen), len(jobs))
+    digests = _digests(store, [entry.view for entry in seen])
+    _count(report, train, val, seen)
+    problems = [
+        *_files(seen, broken, size),
+        *_masks(seen),
+        *_captions(train, tokens, report),
+        *_duplicates(train, seen, digests),
+        *_structure(train, val),
+    ]
+    order = {"error": 0, "warning": 1, "note": 2}
+    report.problems = sorted(problems, key=lambda problem: order[problem.level])
+    return report
+
+
+def _look(data: DataSet, group: Group, view: View, size: int, embed) -> _Seen:
+    seen = _Seen(group, view)
+    try:
+        with data.store.open(view.file) as file:
+            if view.frame is not None:
+                rgb, alpha = decode_frame(file, view.file, view.frame, view.frames), None
+            else:
+                found = decode_picture(file, view.file)
+                rgb, alpha = found.rgb, found.alpha
+        mask = alpha
+        if view.mask is not None:
+            with data.store.open(view.mask) as file:
+                mask = decode_mask(file, view.mask)
+            if mask.size != rgb.size:
+                seen.error = mask_misfit(view.mask, mask.size, rgb.size)
+                mask = None
+    except (ValueError, RuntimeError) as error:
+        seen.error = str(error)
+        return seen
+    seen.side = min(rgb.size)
+    seen.masked, seen.empty_mask = mask is not None, mask is not None and subject_box(mask) is None
+    seen.pixels = hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).digest()
+    seen.look = perceptual_hash(rgb)
+    if embed is not None:
+        with torch.no_grad():
+            embedding = embed(target(reduced(rgb, None, size), size).unsqueeze(0))[0].float().cpu()
+        seen.embedding = embedding / embedding.norm()
+    return seen
+
+
+def perceptual_hash(image: Image.Image) -> np.ndarray:
+    """(HASH * HASH,) of bool: whether brightness rises from each of HASH x (HASH + 1) patches to its right neighbour."""
+    small = image.convert("L").resize((HASH + 1, HASH), Image.Resampling.BOX)
+    values = np.asarray(small).astype(np.int16)
+    return (values[:, 1:] > values[:, :-1]).ravel()
+
+
+def _digests(store, views: Iterable[View]) -> dict[str, str]:
+    """sha256 of every file."""
+    found = {}
+    for name in dict.fromkeys(view.file for view in views):
+        try:
+            with store.open(name) as file:
+                found[name] = sha256(file)
+        except (ValueError, OSError):
+            continue  # told as unreadable
+    return found
+
+
+def _count(report: Report, train: DataSet, val: DataSet, seen: list[_Seen]) -> None:
+    mine = [entry for entry in seen if not entry.view.file.startswith("val/")]
+    files = {entry.view.file: entry for entry in mine}
+    report.counts = {
+        "subjects": len(train.subjects),
+        "variant views": sum(len(group.views) for group in train.subjects),
+        "clips": len({entry.view.file for entry in mine if entry.view.frame is not None}),
+        "loose pictures": sum(len(group.views) for group in train.loose),
+        "masks": sum(entry.masked for entry in mine),
+        "captions": sum(entry.view.caption is not None for entry in files.values()),
+        "class captions": sum(
+            entry.view.caption is None and entry.view.class_file is not None for entry in files.values()
+        ),
+        "empty captions": 0,
+        "val subjects": len(val.subjects),
+        "val loose pictures": sum(len(group.views) for group in val.loose),
+    }
+    if sides := [entry.side for entry in mine if entry.side]:
+        report.counts["smallest side"] = min(sides)
+
+
+def _files(seen: list[_Seen], broken: dict[str, str], size: int) -> list[Problem]:
+    errors = broken | {entry.view.name: entry.error for entry in seen if entry.error}
+    problems = [
+        Problem("error", "unreadable", sentence.removeprefix("Training data: "), (name,))
+        for name, sentence in errors.items()
+    ]
+    small = [entry for entry in seen if 0 < entry.side < size]
+    if small:
+        names = [entry.view.name for entry in small]
+        problems.append(
+            Problem(
+                "warning",
+                "small",
+                f"{len(small)} pictures are smaller than {size} pixels and get enlarged, which teaches blur: {_some(names)}; "
+                "replace them or train at a smaller size.",
+                tuple(names),
+            )
+        )
+    return problems
+
+
+def _masks(seen: list[_Seen]) -> list[Problem]:
+    names = [entry.view.mask or entry.view.name for entry in seen if entry.empty_mask]
+    if not names:
+        return []
+    sentence = f"{len(names)} masks are black everywhere: {_some(names)}; paint the subject white or take the mask out."
+    return [Problem("error", "empty mask", sentence, tuple(names))]
+
+
+def _captions(data: DataSet, tokens: int, report: Report) -> list[Problem]:
+    from ..text_tower import count_tokens  # loads open_clip's vocabulary
+
+    empty, long, problems = [], [], []
+    texts: dict[str, int] = {}
+    for file, view in {view.file: view for _, view in data.views()}.items():
+        try:
+            text = data.caption(view)
+        except ValueError as error:
+            problems.append(Problem("error", "caption", str(error).removeprefix("Training data: "), (file,)))
+            continue
+        if not text:
+            empty.append(file)
+            continue
+        if text not in texts:
+            texts[text] = count_tokens(text)
+        if texts[text] > tokens:
+            long.append(file)
+    report.counts["empty captions"] = len(empty)
+    if empty:
+        problems.append(
+            Problem(
+                "warning",
+                "empty caption",
+                f"{len(empty)} pictures have no caption, so nothing of them can be asked for by text: {_some(empty)}; "
+                "write a .txt of the same name beside each, or a class.txt per folder.",
+                tuple(empty),
+            )
+        )
+    if long:
+        problems.append(
+            Problem(
+                "warning",
+                "long caption",
+                f"{len(long)} captions exceed {tokens} tokens and get cut off: {_some(long)}; shorten them.",
+                tuple(long),
+            )
+        )
+    return problems
+
+
+def _duplicates(train: DataSet, seen: list[_Seen], digests: dict[str, str]) -> list[Problem]:
+    problems: list[Problem] = []
+    by_digest: dict[str, list[str]] = defaultdict(list)
+    for name, digest in digests.items():
+        by_digest[digest].append(name)
+    for names in by_digest.values():
+        trained, held = ([n for n in names if n.startswith("val/") is held_out] for held_out in (False, True))
+        if trained and held:
+            sentence = f"{held[0]} is held out for validation and trained on as {trained[0]}; take one of them out."
+            problems.append(Problem("error", "val overlap", sentence, tuple(names)))
+        folders = Counter(name.rpartition("/")[0] for name in trained)
+        if len(folders) > 1:
+            sentence = (
+                f"the same file lies in several folders: {_some(trained)}; keep one, or its subject is two subjects."
+            )
+            problems.append(Problem("warning", "duplicate", sentence, tuple(trained)))
+        elif len(trained) > 1 and not trained[0].startswith("variant/"):
+            sentence = f"the same file is there {len(trained)} times: {_some(trained)}; keep one."
+            problems.append(Problem("warning", "duplicate", sentence, tuple(trained)))
+    by_group: dict[str, list[_Seen]] = defaultdict(list)
+    for entry in seen:
+        if entry.look is not None and entry.group in train.subjects:
+            by_group[entry.group.name].append(entry)
+    for name, entries in by_group.items():
+        problems += _alike(name, entries)
+    return problems
+
+
+def _alike(name: str, entries: list[_Seen]) -> list[Problem]:
+    """Views of one subject that are no variation of each other."""
+    same, near = [], []
+    looks = np.stack([entry.look for entry in entries])
+    for i, one in enumerate(entries):
+        distances = (looks[i + 1 :] != looks[i]).sum(1)
+        for distance, other in zip(distances.tolist(), entries[i + 1 :]):
+            if one.pixels == other.pixels:
+                same.append((one.view.name, other.view.name))
+            elif one.embedding is not None and other.embedding is not None:
+                if float(one.embedding @ other.embedding) >= COSINE:
+                    near.append((one.view.name, other.view.name))
+            elif distance <= ALIKE:
+                near.append((one.view.name, other.view.name))
+    problems = []
+    if same:
+        sentence = (
+            f"{name} shows the same picture twice ({_pair(same)}, {len(same)} such pairs), which teaches copying under the gate of "
+            "variation; keep one of each."
+        )
+        problems.append(Problem("error", "same view", sentence, tuple(sum(same, ()))))
+    if near:
+        sentence = (
+            f"{name} has {len(near)} pairs of views that look alike ({_pair(near)}), so they show no variation; take pictures that "
+            "differ more, or a larger min_frame_gap for clips."
+        )
+        problems.append(Problem("warning", "near duplicate", sentence, tuple(sum(near, ()))))
+    return problems
+
+
+def _structure(train: DataSet, val: DataSet) -> list[Problem]:
+    problems = []
+    for data in (train, val):
+        for group in data.subjects:
+            if len(group.views) < 2:
+                sentence = (
+                    f"{group.name} has one view, a subject needs two or more; add pictures or move it to invariant."
+                )
+                problems.append(Problem("error", "one view", sentence, (group.name,)))
+    repeated = [group for group in (*train.subjects, *train.loose) if group.repeats > 1]
+    if repeated:
+        most = max(repeated, key=lambda group: group.repeats)
+        sentence = (
+            f"{len(repeated)} folders count several times by their names ({most.name} {most.repeats} times); "
+            "if those numbers mean something else, write repeats = false into dataset.toml."
+        )
+        problems.append(Problem("note", "repeats", sentence, tuple(group.name for group in repeated)))
+    if train.subjects and not train.loose:
+        sentence = "there are no loose pictures in invariant, so the subjects' pictures serve for invariant pairs, too."
+        problems.append(Problem("note", "no invariant", sentence, ()))
+    if not train.subjects:
+        sentence = "there are no subjects in variant, so only mix = 0 can be trained, without which personalization learns nothing."
+        problems.append(Problem("warning", "no variant", sentence, ()))
+    if not any(True for _ in val.views()):
+        sentence = "there is no val folder, so nothing is held out to look at; move some subjects and pictures there."
+        problems.append(Problem("note", "no val", sentence, ()))
+    unused = [name for name in (*train.unused, *val.unused) if not name.endswith(("import.json", "shards.json"))]
+    if unused:
+        sentence = (
+            f"{len(unused)} files are not used: {_some(unused)}; they lie in the wrong place or belong to no picture."
+        )
+        problems.append(Problem("warning", "unused", sentence, tuple(unused)))
+    return problems
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - EXAMPLES
+    return ", ".join(names[:EXAMPLES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _pair(pairs: list[tuple[str, str]]) -> str:
+    return " and ".join(name.rpartition("/")[2] for name in pairs[0])
+
+
+def contact_sheet_of_pairs(source: PairSource, n: int, seed: int) -> Image.Image:
+    """`n` pairs as training would draw them, kinds in turn: the reference, beside it the target, below them kind and caption."""
+    views = source.views()
+    kinds = torch.tensor([i % 2 if views and source.pictures() else int(bool(views)) for i in range(n)])
+    batch = source.batch(kinds, torch.Generator().manual_seed(seed))
+    if not isinstance(batch.references, torch.Tensor) or batch.references.dim() != 4 or batch.targets.shape[1] != 3:
+        raise ValueError("A sheet of pairs needs pictures, this source gives features; use the source without a cache.")
+    side, margin, columns = 192, 6, max(1, min(3, n))
+    font = ImageFont.load_default(size=13)
+    cell_width, cell_height = 2 * side + 3 * margin, side + 3 * 16 + 2 * margin
+    rows = -(-n // columns)
+    sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for i in range(n):
+        x, y = i % columns * cell_width + margin, i // columns * cell_height + margin
+        for j, pixels in enumerate((batch.references[i], batch.targets[i])):
+            array = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            sheet.paste(Image.fromarray(array).resize((side, side)), (x + j * (side + margin), y))
+        caption = batch.captions[i]
+        words = ", ".join(caption) if isinstance(caption, tuple) else str(caption.tolist())
+        lines = _wrap(f"{KINDS[int(kinds[i])]}: {words or '(no caption)'}", font, 2 * side, 3)
+        draw.multiline_text((x, y + side + 2), "\n".join(lines), fill=(20, 20, 20), font=font, spacing=2)
+    return sheet
+
+
+def _wrap(text: str, font: Any, width: int, most: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            if len(lines) == most:
+                lines[-1] += " ..."
+                break
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

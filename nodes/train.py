@@ -1,0 +1,342 @@
+"""FlexIPTrain and FlexIPTrainingStatus: training in a process of its own, started and watched from the graph."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import folder_paths
+import numpy as np
+import torch
+from comfy_api.v0_0_2 import io, ui
+from PIL import Image
+
+from ..flexip_core.config import GATE_MODES
+from ..flexip_core.plots import Series, line_plot
+from . import files
+from .encoders import named
+from .types import CATEGORY
+
+TRAIN, STATUS = "FlexIPTrain", "FlexIPTrainingStatus"
+RUNS = "flexip_training"  # in ComfyUI's output folder
+DATA_PARTS = ("variant", "invariant")
+PLOT = (560, 320)
+NAME = re.compile(r"[\w][\w .-]{0,79}")
+LOOK, STOP = "look", "stop"
+
+
+class FlexIPTrain(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        encoders = files.names(files.ENCODER_FOLDER)
+        return io.Schema(
+            node_id=TRAIN,
+            display_name="Train FlexIP",
+            category=CATEGORY,
+            description="Trains FlexIP adapters on your pictures. Checks them, frees the GPU, starts the training in a process of its own and returns: closing the page or ComfyUI does not end it. Queue it again to go on with a run that was stopped. Needs diffusers (pip install diffusers).",
+            search_aliases=["train", "training", "fine-tune", "finetune", "adapter training"],
+            is_experimental=True,
+            is_output_node=True,
+            not_idempotent=True,  # the same settings queued again go on with a run that was stopped
+            inputs=[
+                io.String.Input(
+                    "run",
+                    default="my_adapters",
+                    tooltip=f"Name of the run, which lies in output/{RUNS}. When it is done, its adapters are in models/flexip under this name.",
+                ),
+                io.Combo.Input(
+                    "checkpoint",
+                    options=files.names("checkpoints"),
+                    tooltip="The base that the adapters are for: a whole SD1.5 or SDXL checkpoint (.safetensors).",
+                ),
+                io.Combo.Input(
+                    "clip_vision",
+                    options=encoders,
+                    tooltip="The CLIP image encoder that the adapters read, such as ViT-H/14.",
+                ),
+                io.Combo.Input(
+                    "dino",
+                    options=encoders,
+                    tooltip="The DINOv2 image encoder that the adapters read, such as ViT-L/14.",
+                ),
+                io.Combo.Input(
+                    "data",
+                    options=data_names(),
+                    tooltip="A folder in ComfyUI's input folder: variant/ with a folder per subject, invariant/ with loose pictures, captions as .txt beside them, val/ for previews.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=20000,
+                    min=1,
+                    max=10_000_000,
+                    tooltip="Training steps in all. A finished run goes on if this is raised.",
+                ),
+                io.Int.Input("batch", default=4, min=1, max=4096, tooltip="Pictures per step."),
+                io.Int.Input(
+                    "size",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=64,
+                    tooltip="Side of the training pictures in pixels: 512 for SD1.5, 1024 for SDXL.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=1e-4,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-6,
+                    round=1e-8,
+                    tooltip="1e-4 from scratch; lower to go on from trained adapters.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="The same seed and pictures give the same adapters.",
+                ),
+                io.Combo.Input(
+                    "gate_mode",
+                    options=list(GATE_MODES),
+                    optional=True,
+                    advanced=True,
+                    tooltip="How the two adapters are mixed; outputs is affine in the gate.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=["bf16", "fp32"],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of the frozen base; bf16 needs half the memory.",
+                ),
+                io.Boolean.Input(
+                    "recompute",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Compute the base's activations twice instead of keeping them: slower, far less memory.",
+                ),
+                io.String.Input(
+                    "settings",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="More settings as TOML, such as mix = 0.3 or [dropout] phrase = 0.2; they win over the inputs above. All are in the README.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("run", display_name="run", tooltip="The run's name, for FlexIP Training Status."),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="What was found in the data, and that the training has begun.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        run: str,
+        checkpoint: str,
+        clip_vision: str,
+        dino: str,
+        data: str,
+        steps: int,
+        batch: int,
+        size: int,
+        learning_rate: float,
+        seed: int,
+        gate_mode: str = "outputs",
+        precision: str = "bf16",
+        recompute: bool = True,
+        settings: str = "",
+    ) -> io.NodeOutput:
+        training = _training()
+        folder, pictures = run_folder(run, TRAIN), data_path(data)
+        task = {
+            "make": "flexip_core.training.sd:make",
+            "checkpoint": files.path_of("checkpoints", checkpoint, TRAIN),
+            "clip_vision": files.path_of(files.ENCODER_FOLDER, clip_vision, TRAIN),
+            "dino": files.path_of(files.ENCODER_FOLDER, dino, TRAIN),
+            "data": pictures,
+            "size": size,
+        }
+        chosen = {
+            "steps": steps,
+            "batch": batch,
+            "seed": seed,
+            "folder": str(folder),
+            "device": str(mm.get_torch_device()),
+            "precision": precision,
+            "recompute": recompute,
+            "optimizer": {"lr": learning_rate},
+            "network": {"gate_mode": gate_mode},
+            "task": task,
+        }
+        with named(TRAIN):
+            cfg = training.config.TrainConfig.from_dict(
+                merged(chosen, training.config.parse_toml(settings, "the text in settings"))
+            )
+            found = training.check.check(pictures, size)
+            if not found.ok:
+                raise ValueError(f"{data} cannot be trained on.\n{found.text()}")
+            mm.unload_all_models()
+            mm.soft_empty_cache()
+            training.background.start(cfg, export=_adapters_file(run))
+        report = f"Training of {run} has begun; look at it with FlexIP Training Status.\n{found.text()}"
+        return io.NodeOutput(run, report, ui={"text": (report,)})
+
+
+class FlexIPTrainingStatus(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=STATUS,
+            display_name="FlexIP Training Status",
+            category=CATEGORY,
+            description="Shows how far a training run is, its losses and its newest preview pictures, and stops it on request. Queue it as often as you like.",
+            search_aliases=["training progress", "loss", "stop training", "training preview"],
+            is_experimental=True,
+            is_output_node=True,
+            not_idempotent=True,
+            inputs=[
+                io.String.Input(
+                    "run", default="my_adapters", tooltip="The run's name; wire it from Train FlexIP, or write it."
+                ),
+                io.Combo.Input(
+                    "action",
+                    options=[LOOK, STOP],
+                    tooltip="stop: the run saves its state and ends after the step it is in. Queue Train FlexIP again to go on.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    "report", display_name="report", tooltip="State, step, time left, losses, the probe's scores."
+                ),
+                io.Image.Output(
+                    "losses", display_name="losses", tooltip="The loss of both kinds of data over the steps."
+                ),
+                io.Image.Output(
+                    "preview",
+                    display_name="preview",
+                    tooltip="The newest preview: per row a reference, then gate 0, 0.5 and 1. Grey before the first one.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> float:
+        return time.time()  # the run goes on between two looks
+
+    @classmethod
+    def execute(cls, run: str, action: str) -> io.NodeOutput:
+        background = _training().background
+        folder = run_folder(run, STATUS)
+        with named(STATUS):
+            if action == STOP:
+                background.ask_to_stop(folder)
+            found = background.status(folder)
+        text = found.text()
+        if action == STOP:
+            text += "\nIt was asked to stop: it saves its state after the step it is in."
+        losses, preview = loss_plot(found.losses), preview_of(found.previews)
+        shown = ui.PreviewImage(_same_size([losses, preview] if found.previews else [losses]), cls=cls)
+        return io.NodeOutput(text, losses, preview, ui={**shown.as_dict(), "text": (text,)})
+
+
+def run_folder(run: str, node: str) -> Path:
+    """In ComfyUI's output folder. A run's name is one name, so that it leads nowhere else."""
+    name = run.strip()
+    if not NAME.fullmatch(name) or name.endswith("."):
+        raise ValueError(
+            f"{node}: {files.shown(run)} is no name for a run; use letters, digits, spaces, dots, - and _."
+        )
+    return Path(folder_paths.get_output_directory()) / RUNS / name
+
+
+def data_names() -> list[str]:
+    """Folders in ComfyUI's input folder that hold training data."""
+    root = folder_paths.get_input_directory()
+    found = [entry.name for entry in os.scandir(root) if entry.is_dir() and _has_data(entry.path)]
+    return sorted(found)
+
+
+def data_path(name: str) -> str:
+    if name not in data_names():
+        raise ValueError(
+            f"{TRAIN}: there is no training data {files.shown(name)} in {folder_paths.get_input_directory()}. A folder there "
+            f"with {' or '.join(f'{part}/' for part in DATA_PARTS)} in it is training data. Found: {files.listed(data_names())}."
+        )
+    return os.path.join(folder_paths.get_input_directory(), name)
+
+
+def _has_data(path: str) -> bool:
+    return any(os.path.isdir(os.path.join(path, part)) for part in DATA_PARTS)
+
+
+def _adapters_file(run: str) -> Path:
+    return Path(folder_paths.get_folder_paths("flexip")[0]) / f"{run.strip()}.safetensors"
+
+
+def merged(chosen: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    out = dict(chosen)
+    for name, value in more.items():
+        both = isinstance(value, dict) and isinstance(out.get(name), dict)
+        out[name] = merged(out[name], value) if both else value
+    return out
+
+
+def loss_plot(lines: tuple[dict[str, Any], ...]) -> torch.Tensor:
+    kinds = lines[-1]["loss_by_kind"] if lines else {}
+    series = [
+        Series(
+            kind,
+            *zip(
+                *[
+                    (line["step"], line["loss_by_kind"][kind])
+                    for line in lines
+                    if line["loss_by_kind"][kind] is not None
+                ]
+            ),
+        )
+        for kind in kinds
+        if any(line["loss_by_kind"][kind] is not None for line in lines)
+    ]
+    return line_plot(series, "step", "loss", "loss by kind of data", PLOT)
+
+
+def preview_of(previews: tuple[Path, ...]) -> torch.Tensor:
+    """(1, h, w, 3) in 0..1"""
+    if not previews:
+        return torch.full((1, PLOT[1], PLOT[0], 3), 0.5)
+    with Image.open(previews[-1]) as image:
+        return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)[None]
+
+
+def _same_size(pictures: list[torch.Tensor]) -> torch.Tensor:
+    """One batch for the node's own preview: smaller ones lie on grey."""
+    height, width = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
+    batch = torch.full((len(pictures), height, width, 3), 0.5)
+    for number, picture in enumerate(pictures):
+        batch[number, : picture.shape[1], : picture.shape[2]] = picture[0]
+    return batch
+
+
+def _training() -> Any:
+    """The trainer, or a sentence where diffusers is missing. Not imported with the pack: it takes seconds."""
+    try:
+        from ..flexip_core import training
+        from ..flexip_core.training import background, check, config  # noqa: F401 - attributes of `training`
+    except ImportError as error:
+        raise RuntimeError(
+            f"Training needs the package {error.name}, which ComfyUI does not bring: run pip install diffusers with ComfyUI's Python."
+        ) from None
+    return training

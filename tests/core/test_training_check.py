@@ -1,0 +1,224 @@
+"""The check finds what would spoil a training, says it in sentences, and is content with good data."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import training_folders as made
+from PIL import Image, ImageEnhance
+
+from flexip_core.training.check import check, contact_sheet_of_pairs, perceptual_hash
+from flexip_core.training.folders import make_source
+from flexip_core.training.shards import pack
+
+SIZE = 32
+
+
+def checked(tmp_path, files, **arguments):
+    return check(made.put(made.small_set(tmp_path), files), SIZE, **arguments)
+
+
+def problems(report, kind):
+    return [problem for problem in report.problems if problem.kind == kind]
+
+
+def only(report, kind, level):
+    (problem,) = problems(report, kind)
+    assert problem.level == level and "\n" not in problem.sentence and problem.sentence.endswith(".")
+    assert report.ok is (level != "error")
+    return problem
+
+
+def test_good_data_pass_and_are_counted(tmp_path):
+    report = check(made.small_set(tmp_path), SIZE)
+    assert report.ok and report.problems == []
+    assert report.counts == {
+        "subjects": 2,
+        "variant views": 5,
+        "clips": 0,
+        "loose pictures": 3,
+        "masks": 3,
+        "captions": 5,
+        "class captions": 3,
+        "empty captions": 0,
+        "val subjects": 1,
+        "val loose pictures": 1,
+        "smallest side": 48,
+    }
+    assert "2 subjects with 5 views" in report.text() and "Nothing is wrong." in report.text()
+    json.dumps(report.to_dict())
+
+
+def test_unreadable_files_are_errors_and_the_others_are_still_looked_at(tmp_path):
+    report = checked(
+        tmp_path,
+        {
+            "variant/mug/a.png": b"no picture",
+            "variant/mug/b.mask.png": b"no mask",
+            "val/variant/cup/film.mp4": b"no clip",
+        },
+    )
+    found = problems(report, "unreadable")
+    assert {p.names[0] for p in found} == {"variant/mug/a.png", "variant/mug/b.png", "val/variant/cup/film.mp4"}
+    assert all("cannot be read" in p.sentence and p.sentence.endswith(".") for p in found) and not report.ok
+    assert any("variant/mug/b.mask.png cannot be read" in p.sentence for p in found)
+
+
+def test_masks_must_fit_and_show_something(tmp_path):
+    report = checked(
+        tmp_path,
+        {
+            "variant/mug/a.mask.png": made.box_mask((0, 0, 9, 9), (20, 20)),
+            "variant/mug/b.mask.png": made.flat(0, mode="L"),
+        },
+    )
+    assert "has 20 x 20 pixels, its picture 64 x 48" in problems(report, "unreadable")[0].sentence
+    assert only(report, "empty mask", "error").names == ("variant/mug/b.mask.png",)
+
+
+def test_a_subject_needs_two_views(tmp_path):
+    report = checked(tmp_path, {"variant/lonely/1.png": made.noise(77), "variant/lonely/class.txt": "fox"})
+    assert only(report, "one view", "error").names == ("variant/lonely",)
+
+
+def test_the_same_picture_twice_is_no_variation(tmp_path):
+    image = made.noise(50)
+    report = checked(tmp_path, {"variant/fox/1.png": image, "variant/fox/2.bmp": image, "variant/fox/class.txt": "fox"})
+    problem = only(report, "same view", "error")  # other file, same pixels
+    assert problem.names == ("variant/fox/1.png", "variant/fox/2.bmp")
+    assert "copying under the gate of variation" in problem.sentence
+
+
+def test_near_duplicates_are_found_by_the_hash_and_other_photographs_are_not(tmp_path):
+    cat = made.photo("chelsea")
+    report = checked(
+        tmp_path,
+        {
+            "variant/cat/1.png": cat,
+            "variant/cat/2.jpg": ImageEnhance.Brightness(cat).enhance(1.1),
+            "variant/cat/3.png": made.photo("astronaut"),
+            "variant/cat/4.png": made.photo("coffee"),
+            "variant/cat/class.txt": "cat",
+        },
+    )
+    assert only(report, "near duplicate", "warning").names == ("variant/cat/1.png", "variant/cat/2.jpg")
+
+
+def test_the_hash_ignores_size_and_compression(tmp_path):
+    cat, other = made.photo("chelsea", 200), made.photo("rocket", 200)
+    cat.resize((90, 90)).save(tmp_path / "x.jpg", quality=60)
+    small = perceptual_hash(Image.open(tmp_path / "x.jpg"))
+    assert (perceptual_hash(cat) != small).sum() <= 10
+    assert (perceptual_hash(cat) != perceptual_hash(other)).sum() > 60
+
+
+def test_an_encoder_judges_likeness_instead_where_there_is_one(tmp_path):
+    seen = []
+
+    def embed(pictures):
+        seen.append(tuple(pictures.shape))
+        return torch.ones(1, 4)
+
+    report = check(made.small_set(tmp_path), SIZE, embed=embed)
+    assert len(problems(report, "near duplicate")) == 2, "to it, all views of both subjects look alike"
+    assert set(seen) == {(1, 3, SIZE, SIZE)}
+
+
+def test_duplicates_between_folders_and_held_out_pictures_that_are_trained_on(tmp_path):
+    image = made.noise(60)
+    report = checked(tmp_path, {"invariant/x.png": image, "val/invariant/y.png": image, "variant/mug/z.png": image})
+    assert (
+        "val/invariant/y.png is held out for validation and trained on as"
+        in only(report, "val overlap", "error").sentence
+    )
+    assert only_warning(report, "duplicate").names == ("variant/mug/z.png", "invariant/x.png")
+
+
+def only_warning(report, kind):
+    (problem,) = problems(report, kind)
+    assert problem.level == "warning"
+    return problem
+
+
+def test_captions_may_not_be_empty_or_too_long(tmp_path):
+    report = checked(
+        tmp_path,
+        {
+            "invariant/hill.txt": "",
+            "invariant/bare.png": made.noise(70),
+            "invariant/sea.txt": ", ".join(["a very long caption"] * 20),
+            "variant/mug/class.txt": b"\xff",
+        },
+    )
+    assert problems(report, "empty caption")[0].names == ("invariant/bare.png", "invariant/hill.jpg")
+    assert problems(report, "long caption")[0].names == ("invariant/sea.png",)
+    assert "variant/mug/class.txt is not text in UTF-8" in problems(report, "caption")[0].sentence
+    assert report.counts["empty captions"] == 2
+    assert problems(check(tmp_path, SIZE, tokens=400), "long caption") == []
+
+
+def test_small_pictures_unused_files_and_repeats_are_told(tmp_path):
+    report = checked(
+        tmp_path,
+        {
+            "invariant/tiny.png": made.noise(80, (40, 20)),
+            "invariant/tiny.txt": "tiny",
+            "variant/10_fox/1.png": made.noise(81),
+            "variant/10_fox/2.png": made.noise(82),
+            "variant/10_fox/class.txt": "fox",
+            "variant/stray.png": made.noise(83),
+        },
+    )
+    assert only_warning(report, "small").names == ("invariant/tiny.png",)
+    assert report.counts["smallest side"] == 20
+    assert only_warning(report, "unused").names == ("variant/stray.png",)
+    assert "variant/10_fox 10 times" in problems(report, "repeats")[0].sentence
+    assert report.ok
+    assert report.text().index("Warning:") < report.text().index("Note:")
+
+
+def test_clips_and_shards_are_checked_like_folders(tmp_path):
+    root = made.small_set(tmp_path / "data")
+    made.clip(root / "variant/lamp/film.mp4", 40)
+    made.put(root, {"variant/lamp/film.txt": "a lamp"})
+    report = check(root, SIZE)
+    assert report.counts["clips"] == 1 and report.counts["variant views"] == 9
+    assert problems(report, "near duplicate"), "a film of one grey after the other varies nothing"
+    pack(root, tmp_path / "shards")
+    assert check(tmp_path / "shards", SIZE).to_dict() == report.to_dict()
+
+
+def test_progress_is_told(tmp_path):
+    steps = []
+    check(made.small_set(tmp_path), SIZE, on_progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(i + 1, 11) for i in range(11)]
+
+
+def test_a_sheet_shows_pairs_with_kind_and_caption(tmp_path):
+    source = make_source(made.small_set(tmp_path), SIZE)
+    sheet = contact_sheet_of_pairs(source, 4, seed=1)
+    assert sheet.mode == "RGB"
+    again, other = contact_sheet_of_pairs(source, 4, seed=1), contact_sheet_of_pairs(source, 4, seed=2)
+    assert sheet.tobytes() == again.tobytes() != other.tobytes()
+    batch = source.batch(torch.tensor([0, 1, 0, 1]), torch.Generator().manual_seed(1))
+    first = np.asarray(sheet.crop((6, 6, 6 + 192, 6 + 192)).resize((SIZE, SIZE))).astype(float)
+    shown = (batch.references[0].permute(1, 2, 0).numpy() + 1) * 127.5
+    assert np.abs(first - shown).mean() < 12, "the reference comes first"
+
+
+def test_a_sheet_of_features_is_refused():
+    class Features:
+        def views(self):
+            return {"a": 2}
+
+        def pictures(self):
+            return 2
+
+        def batch(self, kinds, generator):
+            from flexip_core.training.data import Batch
+
+            return Batch(torch.zeros(2, 4, 8, 8), {"cls": torch.zeros(2, 4)}, [("a",)] * 2, kinds)
+
+    with pytest.raises(ValueError, match="needs pictures, this source gives features"):
+        contact_sheet_of_pairs(Features(), 2, 0)
