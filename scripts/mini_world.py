@@ -73,7 +73,9 @@ def parse() -> Run:
         one.add_argument("--seed", type=int, default=1)
         one.add_argument("--steps", type=int, default=runs.ADAPTER_STEPS)
         one.set_defaults(stage=stage)
-    stages.add_parser("table").set_defaults(stage=print_table)
+    one = stages.add_parser("table", help="of everything evaluated so far")
+    one.add_argument("--seeds", type=int, nargs="+", help="only these")
+    one.set_defaults(stage=print_table)
     return parser.parse_args()
 
 
@@ -170,8 +172,9 @@ def contact_sheet(sweep: Sweep, setup: Setup) -> Image.Image:
 
 
 def print_table(options: Run) -> int:
-    print(table.markdown(*table.read_results(options.folder / "results")))
-    print(f"\n{table.cures_markdown(table.read_results(options.folder / 'cures')[1])}")
+    base, results = table.read_results(options.folder / "results", options.seeds)
+    print(table.markdown(base, results))
+    print(f"\n{table.cures_markdown(table.read_results(options.folder / 'cures', options.seeds)[1])}")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ Results = Mapping[str, Mapping[int, Any]]
 """Run -> seed -> what `runs.evaluate` gave."""
 
 
-def read_results(folder: Path) -> tuple[dict[str, Any] | None, dict[str, dict[int, Any]]]:
-    """The base's numbers and those of all runs in `folder`."""
+def read_results(
+    folder: Path, seeds: Collection[int] | None = None
+) -> tuple[dict[str, Any] | None, dict[str, dict[int, Any]]]:
+    """The base's numbers and those of all runs in `folder`, or only of those with these seeds."""
     base, found = None, {}
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         if path.stem == "base":
             base = data
-        else:
+        elif seeds is None or data["seed"] in seeds:
             found.setdefault(data["run"], {})[data["seed"]] = data
     return base, found
 
@@ -55,6 +57,7 @@ def cures_markdown(results: Results) -> str:
     """Cures of all seeds (cures.measured by mode): evenness of single pictures and the range that is left."""
     columns = {"largest / mean step": "per_image_feature_step", "99 %": "p99", "whole way": "whole_way"}
     columns |= {
+        "identity: jump share": "identity_jump_share",
         "identity range": "identity_range",
         "corner range": "corner_copied_range",
         "DINO-I range": "dino_i_range",

@@ -202,6 +202,7 @@ def test_a_whole_evaluation_gives_numbers_for_json_and_a_table(loaded, untrained
     read_base, results = table.read_results(tmp_path)
     assert set(results) == {"outputs", runs.BASELINE} and set(results["outputs"]) == {1, 2}
     assert json.loads((tmp_path / "outputs_1.json").read_text())["command"] == "the command"
+    assert set(table.read_results(tmp_path, [2])[1]["outputs"]) == {2}
     text = table.markdown(read_base, results)
     assert "G1 MISSED" in text and "outputs, seed 2: G5" in text and "± 0.000" in text
     assert "outputs, seed 1: G4" in text and "G6" not in text  # no control was run
