@@ -51,7 +51,8 @@ def comfyui_pages(comfyui: Path, sharpness: float = 1.0) -> Iterator[Callable[[]
         server = ComfyServer(comfyui, folder, packs={PACK: REPO})
         for name, source in ((PICTURE, "astronaut.png"), (SECOND, "chelsea.png")):
             shutil.copyfile(Path(skimage.data.__file__).parent / source, server.base / "input" / name)
-        (server.base / "input" / REFERENCE).touch()  # a name to show
+        (server.base / "input" / REFERENCE).touch()  # names to show
+        (server.base / "input" / "my_pictures" / "variant").mkdir(parents=True, exist_ok=True)
         with server, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
             yield lambda: new_page(browser, server.url, sharpness)
