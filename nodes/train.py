@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
+import comfy.utils
 import folder_paths
 import numpy as np
 import torch
@@ -142,6 +145,10 @@ class FlexIPTrain(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> float:
+        return time.time()  # a run that was stopped goes on by the same inputs
+
+    @classmethod
     def execute(
         cls,
         run: str,
@@ -159,8 +166,9 @@ class FlexIPTrain(io.ComfyNode):
         recompute: bool = True,
         settings: str = "",
     ) -> io.NodeOutput:
-        training = _training()
-        folder, pictures = run_folder(run, TRAIN), data_path(data)
+        toml = ("tomli",) if settings.strip() and sys.version_info < (3, 11) else ()
+        training = _training("diffusers", *toml)
+        folder, pictures, adapters = run_folder(run, TRAIN), data_path(data), adapters_file(run)
         task = {
             "make": "flexip_core.training.sd:make",
             "checkpoint": files.path_of("checkpoints", checkpoint, TRAIN),
@@ -182,16 +190,18 @@ class FlexIPTrain(io.ComfyNode):
             "task": task,
         }
         with named(TRAIN):
-            cfg = training.config.TrainConfig.from_dict(
-                merged(chosen, training.config.parse_toml(settings, "the text in settings"))
-            )
-            found = training.check.check(pictures, size)
-            if not found.ok:
-                raise ValueError(f"{data} cannot be trained on.\n{found.text()}")
-            mm.unload_all_models()
-            mm.soft_empty_cache()
-            training.background.start(cfg, export=_adapters_file(run))
-        report = f"Training of {run} has begun; look at it with FlexIP Training Status.\n{found.text()}"
+            more = training.config.parse_toml(settings, "the text in settings") if settings.strip() else {}
+            refuse_inputs_in(more, task)
+            cfg = training.config.TrainConfig.from_dict(merged(chosen, more))
+            report = standing(training.background, folder, cfg, adapters)
+            if report is None:
+                found = training.check.check(pictures, size, on_progress=_progress())
+                if not found.ok:
+                    raise ValueError(f"{data} cannot be trained on.\n{found.text()}")
+                mm.unload_all_models()
+                mm.soft_empty_cache()
+                training.background.start(cfg, export=adapters)
+                report = f"Training of {folder.name} has begun; look at it with FlexIP Training Status.\n{found.text()}"
         return io.NodeOutput(run, report, ui={"text": (report,)})
 
 
@@ -265,8 +275,9 @@ def run_folder(run: str, node: str) -> Path:
 def data_names() -> list[str]:
     """Folders in ComfyUI's input folder that hold training data."""
     root = folder_paths.get_input_directory()
-    found = [entry.name for entry in os.scandir(root) if entry.is_dir() and _has_data(entry.path)]
-    return sorted(found)
+    if not os.path.isdir(root):
+        return []
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and _has_data(entry.path))
 
 
 def data_path(name: str) -> str:
@@ -282,8 +293,38 @@ def _has_data(path: str) -> bool:
     return any(os.path.isdir(os.path.join(path, part)) for part in DATA_PARTS)
 
 
-def _adapters_file(run: str) -> Path:
+def adapters_file(run: str) -> Path:
     return Path(folder_paths.get_folder_paths("flexip")[0]) / f"{run.strip()}.safetensors"
+
+
+def standing(background: Any, folder: Path, cfg: Any, adapters: Path) -> str | None:
+    """What to say of a run that is being trained with these settings or has nothing left to do; None: it is to be started.
+
+    So the node can stand in one graph with FlexIP Training Status, which is queued again and again. ValueError if a new run would
+    write over adapters that are not its own.
+    """
+    known = background.read_config_of(folder)
+    if known is None:
+        if adapters.exists():
+            raise ValueError(f"{adapters.name} in {adapters.parent} is not of this run; give the run another name.")
+        return None
+    found = background.status(folder)
+    if known.steps != cfg.steps or background.changed_settings(known, cfg):
+        return None
+    if found.state in ("starting", "running"):
+        return f"{folder.name} is being trained; look at it with FlexIP Training Status.\n{found.text()}"
+    if found.state == "finished" and adapters.exists():
+        return f"{folder.name} is finished, its adapters are in {adapters}. Raise steps to go on.\n{found.text()}"
+    return None
+
+
+def refuse_inputs_in(more: dict[str, Any], task: dict[str, Any]) -> None:
+    """Settings of a workflow from elsewhere choose neither where the run writes nor which code it runs or files it reads."""
+    inner = more.get("task")
+    names = [name for name in ("folder",) if name in more]
+    names += [f"[task] {name}" for name in task if isinstance(inner, dict) and name in inner]
+    if names:
+        raise ValueError(f"settings must not hold {', '.join(names)}; the node's inputs say that.")
 
 
 def merged(chosen: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -330,13 +371,25 @@ def _same_size(pictures: list[torch.Tensor]) -> torch.Tensor:
     return batch
 
 
-def _training() -> Any:
-    """The trainer, or a sentence where diffusers is missing. Not imported with the pack: it takes seconds."""
-    try:
-        from ..flexip_core import training
-        from ..flexip_core.training import background, check, config  # noqa: F401 - attributes of `training`
-    except ImportError as error:
-        raise RuntimeError(
-            f"Training needs the package {error.name}, which ComfyUI does not bring: run pip install diffusers with ComfyUI's Python."
-        ) from None
+def _progress() -> Any:
+    """For a check of the data, which takes minutes where there is much: shown on the node, and ended by ComfyUI's cancel."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def show(done: int, total: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return show
+
+
+def _training(*packages: str) -> Any:
+    """The trainer, which is not imported with the pack because it takes seconds. RuntimeError, a sentence, without `packages`."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise RuntimeError(
+                f"{TRAIN}: training needs the package {name}, which ComfyUI does not bring: run pip install {name} with ComfyUI's Python."
+            )
+    from ..flexip_core import training
+    from ..flexip_core.training import background, check, config  # noqa: F401 - attributes of `training`
+
     return training

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..weights import write_atomically
-from .checkpointing import MAY_CHANGE
+from .checkpointing import MAY_CHANGE, states
 from .config import TrainConfig
 from .loop import FINAL, LOG
 from .ranks import Ranks, TrainingError
@@ -89,7 +89,7 @@ def start(cfg: TrainConfig, export: Path | None = None) -> None:
     folder = Path(cfg.folder)
     if is_running(folder):
         raise ValueError(f"The run {folder.name} is being trained already; look at it, or stop it first.")
-    known = read_config_of(folder)
+    known = read_config_of(folder) if states(folder) else None  # without a state nothing is gone on with
     if known is not None and (changed := changed_settings(known, cfg)):
         raise ValueError(
             f"The run {folder.name} was begun with other settings ({changed}); set them back, or give the run another name."

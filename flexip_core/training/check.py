@@ -24,6 +24,7 @@ HASH = 16  # a perceptual hash compares that many neighbours each way
 ALIKE = 10  # of the hash's 256 bits may differ between pictures that look the same
 COSINE = 0.97  # of CLIP embeddings: from here on two views are no variation
 EXAMPLES = 3  # names in a sentence
+ABOUT = ("credits", "license", "licence", "readme")  # files about the whole, beside variant/ and invariant/
 
 
 @dataclass(frozen=True)
@@ -345,6 +346,7 @@ def _structure(train: DataSet, val: DataSet) -> list[Problem]:
         sentence = "there is no val folder, so nothing is held out to look at; move some subjects and pictures there."
         problems.append(Problem("note", "no val", sentence, ()))
     unused = [name for name in (*train.unused, *val.unused) if not name.endswith(("import.json", "shards.json"))]
+    unused = [name for name in unused if not name.lower().startswith(ABOUT)]
     if unused:
         sentence = (
             f"{len(unused)} files are not used: {_some(unused)}; they lie in the wrong place or belong to no picture."

@@ -302,7 +302,8 @@ class Trainer:
         self.meter.reset()
         if self.ranks.first:
             self._write(line)
-        logging.info("Step %d: loss %.4f, gradient %s.", line["step"], line["loss"], line["gradient_norm"])
+        norms = ", ".join(f"{name} {norm:.3f}" for name, norm in step.gradient_norms.items())
+        logging.info("Step %d: loss %.4f, gradient %s.", line["step"], line["loss"], norms)
 
     def _run_probe(self) -> None:
         with torch.no_grad():

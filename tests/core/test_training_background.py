@@ -107,6 +107,7 @@ def test_other_settings_are_refused_and_more_steps_are_not(tmp_path):
     assert background.changed_settings(cfg, other) == f"optimizer.lr: {cfg.optimizer.lr} there, 0.5 now"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / background.CONFIG).write_text(json.dumps(cfg.to_dict()))
+    (tmp_path / "run" / "state_00000001.safetensors").touch()
     with pytest.raises(ValueError, match="begun with other settings .*lr"):
         background.start(other)
 

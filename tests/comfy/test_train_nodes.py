@@ -1,0 +1,317 @@
+"""FlexIPTrain and FlexIPTrainingStatus without a training process: what they refuse, what they start, what they show."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import comfy.model_management as mm
+import folder_paths
+import pytest
+import torch
+import training_folders
+from flexip_pack.flexip_core.training import background
+from flexip_pack.nodes import files, train
+from flexip_pack.nodes.train import RUNS, FlexIPTrain, FlexIPTrainingStatus
+from PIL import Image
+
+INPUTS = {
+    "run": "mine",
+    "checkpoint": "base.ckpt",
+    "clip_vision": "clip.safetensors",
+    "dino": "dino.safetensors",
+    "data": "pets",
+    "steps": 10,
+    "batch": 2,
+    "size": 64,
+    "learning_rate": 1e-3,
+    "seed": 7,
+}
+START = background.start
+BLUE, ORANGE = (0, 114, 178), (213, 94, 0)  # the plot's first two lines
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """ComfyUI's folders with files that nothing reads, a small data set, and a list of what would have been started."""
+    table = dict(folder_paths.folder_names_and_paths)
+    for folder, names in {
+        "checkpoints": ["base.ckpt"],
+        files.ENCODER_FOLDER: ["clip.safetensors", "dino.safetensors"],
+        "flexip": [],
+    }.items():
+        (tmp_path / folder).mkdir()
+        table[folder] = ([str(tmp_path / folder)], {".ckpt", ".safetensors"})
+        for name in names:
+            (tmp_path / folder / name).touch()
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", table)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    training_folders.small_set(tmp_path / "input" / "pets")
+    started: list = []
+    monkeypatch.setattr(background, "start", lambda cfg, export: started.append((cfg, export)))
+    return SimpleNamespace(
+        root=tmp_path,
+        started=started,
+        folder=tmp_path / "output" / RUNS / "mine",
+        adapters=tmp_path / "flexip" / "mine.safetensors",
+    )
+
+
+def execute(**changes):
+    return FlexIPTrain.execute(**{**INPUTS, **changes})
+
+
+def put_run(place, cfg, step: int, said: str = "", finished: bool = False) -> None:
+    """A run's folder as `cfg` left it at `step`."""
+    place.folder.mkdir(parents=True, exist_ok=True)
+    (place.folder / background.CONFIG).write_text(json.dumps(cfg.to_dict()))
+    (place.folder / background.LOG).write_text("".join(json.dumps(line(n)) + "\n" for n in range(1, step + 1)))
+    (place.folder / background.OUTPUT).write_text(said)
+    if finished:
+        (place.folder / background.FINAL).touch()
+
+
+def line(step: int, variant: float | None = 0.5) -> dict:
+    kinds = {"invariant": 1 / step, "variant": variant}
+    return {"step": step, "loss": 0.5, "loss_by_kind": kinds, "seconds": 2.0 * step}
+
+
+# --- what is started
+
+
+def test_the_inputs_become_a_config_and_the_adapters_go_to_models(place):
+    out = execute(gate_mode="tokens", precision="fp32", recompute=False)
+    ((cfg, export),) = place.started
+    assert (cfg.steps, cfg.batch, cfg.seed, cfg.optimizer.lr) == (10, 2, 7, 1e-3)
+    assert (cfg.precision, cfg.recompute, cfg.network.gate_mode, cfg.device) == ("fp32", False, "tokens", "cpu")
+    assert cfg.folder == str(place.folder) and export == place.adapters
+    assert cfg.task == {
+        "make": "flexip_core.training.sd:make",
+        "checkpoint": str(place.root / "checkpoints" / "base.ckpt"),
+        "clip_vision": str(place.root / files.ENCODER_FOLDER / "clip.safetensors"),
+        "dino": str(place.root / files.ENCODER_FOLDER / "dino.safetensors"),
+        "data": str(place.root / "input" / "pets"),
+        "size": 64,
+    }
+    assert out.args[0] == "mine" and "2 subjects with 5 views" in out.args[1] and out.ui == {"text": (out.args[1],)}
+
+
+def test_settings_win_and_leave_the_rest(place):
+    execute(
+        settings="mix = 0.3\nsteps = 99\n[optimizer]\nwarmup = 7\n[dropout.phrases]\nground = 0.5\n[task]\nprobe_steps = 4"
+    )
+    ((cfg, _),) = place.started
+    assert (cfg.mix, cfg.steps, cfg.optimizer.warmup, cfg.dropout.phrases) == (0.3, 99, 7, {"ground": 0.5})
+    assert (cfg.optimizer.lr, cfg.batch, cfg.task["size"], cfg.task["probe_steps"]) == (1e-3, 2, 64, 4)
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ("mix = ", "the text in settings is not a TOML file"),
+        ("colour = 1", "unknown setting colour"),
+        ("mix = 2", "mix must be a share"),
+        ("optimizer = 3", "optimizer must be a table"),
+        ("task = 3", "task must be a table"),
+        ('folder = "/tmp/x"', "settings must not hold folder"),
+        ('[task]\nmake = "os:system"\ndata = "/"', r"settings must not hold \[task\] make, \[task\] data"),
+    ],
+)
+def test_settings_that_make_no_config_or_lead_elsewhere_are_a_sentence(place, settings, sentence):
+    with pytest.raises(ValueError, match=f"FlexIPTrain: .*{sentence}"):
+        execute(settings=settings)
+    assert not place.started and not place.folder.exists()
+
+
+# --- what is refused
+
+
+OUTSIDE = ["", " ", "..", "../mine", "a/b", "a\\b", "/tmp/mine", "C:mine", ".mine", "mine.", "a\nb", "a\0b", "m" * 81]
+
+
+@pytest.mark.parametrize("run", OUTSIDE)
+def test_a_run_has_a_name_that_leads_nowhere_else(place, run):
+    for attempt in (lambda: execute(run=run), lambda: FlexIPTrainingStatus.execute(run, "look")):
+        with pytest.raises(ValueError, match="FlexIPTrain.*is no name for a run"):
+            attempt()
+    assert not place.started
+
+
+def test_a_name_may_have_spaces_dots_and_any_letters(place):
+    execute(run=" Größe 2.b_c-d ")
+    ((cfg, export),) = place.started
+    assert (
+        cfg.folder == str(place.root / "output" / RUNS / "Größe 2.b_c-d") and export.name == "Größe 2.b_c-d.safetensors"
+    )
+
+
+@pytest.mark.parametrize("data", ["nothing", "../input/pets", ".", ""])
+def test_data_that_is_not_in_the_input_folder_is_a_sentence_with_what_is_there(place, data):
+    (place.root / "input" / "holiday").mkdir()
+    with pytest.raises(ValueError, match="FlexIPTrain: there is no training data .* Found: pets."):
+        execute(data=data)
+
+
+def test_only_folders_of_training_data_are_offered(place):
+    (place.root / "input" / "holiday").mkdir()
+    (place.root / "input" / "picture.png").touch()
+    (place.root / "input" / "loose" / "invariant").mkdir(parents=True)
+    assert train.data_names() == ["loose", "pets"]
+
+
+def test_a_missing_input_folder_does_not_take_the_node_along(place, monkeypatch):
+    monkeypatch.setattr(folder_paths, "input_directory", str(place.root / "gone"))
+    assert FlexIPTrain.define_schema() and train.data_names() == []
+
+
+def test_wrong_data_is_not_trained_on_and_all_that_is_wrong_is_said(place):
+    training_folders.put(
+        place.root / "input" / "pets",
+        {"variant/lonely/1.png": training_folders.noise(20), "invariant/broken.jpg": b"no picture"},
+    )
+    with pytest.raises(ValueError, match="FlexIPTrain: pets cannot be trained on") as error:
+        execute()
+    assert "variant/lonely has one view" in str(error.value) and "broken.jpg cannot be read" in str(error.value)
+    assert not place.started
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "clip_vision", "dino"])
+def test_files_that_are_not_listed_are_refused(place, name):
+    with pytest.raises(ValueError, match="FlexIPTrain: there is no file '../secret.ckpt'"):
+        execute(**{name: "../secret.ckpt"})
+
+
+def test_without_diffusers_it_says_what_to_install(place, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "diffusers" else find(name, *more)
+    )
+    with pytest.raises(RuntimeError, match="pip install diffusers"):
+        execute()
+    with pytest.raises(ValueError, match="no training run"):
+        FlexIPTrainingStatus.execute("mine", "look")
+
+
+def test_a_new_run_does_not_write_over_adapters_of_its_name(place):
+    place.adapters.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="mine.safetensors .* give the run another name"):
+        execute()
+    assert not place.started
+
+
+def test_a_cancel_ends_the_check_of_the_data(place):
+    mm.interrupt_current_processing(True)
+    try:
+        with pytest.raises(mm.InterruptProcessingException):
+            execute()
+    finally:
+        mm.interrupt_current_processing(False)
+    assert not place.started
+
+
+# --- a run that is there already
+
+
+@pytest.fixture
+def cfg(place):
+    execute()
+    return place.started.pop()[0]
+
+
+def test_other_settings_are_refused_and_named(place, cfg, monkeypatch):
+    put_run(place, cfg, 3)
+    monkeypatch.setattr(background, "start", START)
+    with pytest.raises(ValueError, match=r"FlexIPTrain: .*begun with other settings \(batch: 2 there, 5 now\)"):
+        execute(batch=5)
+
+
+def test_a_run_that_was_stopped_or_wants_more_steps_goes_on(place, cfg):
+    put_run(place, cfg, 3)
+    execute()
+    put_run(place, cfg, 10, finished=True)
+    place.adapters.touch()
+    execute(steps=20)
+    assert [(one.steps, export) for one, export in place.started] == [(10, place.adapters), (20, place.adapters)]
+
+
+def test_a_finished_run_is_told_and_not_trained_again(place, cfg):
+    put_run(place, cfg, 10, finished=True)
+    place.adapters.touch()
+    assert "is finished, its adapters are in" in execute().args[1] and not place.started
+    place.adapters.unlink()
+    execute()
+    assert place.started, "the adapters are made again where somebody took them away"
+
+
+def test_a_run_that_is_being_trained_is_told_and_other_settings_are_not_smuggled_in(place, cfg, monkeypatch):
+    put_run(place, cfg, 3)
+    with background.locked(place.folder):
+        assert "mine is being trained" in execute().args[1] and not place.started
+        monkeypatch.setattr(background, "start", START)
+        with pytest.raises(ValueError, match="is being trained already"):
+            execute(batch=5)
+
+
+@pytest.mark.parametrize("node", [FlexIPTrain, FlexIPTrainingStatus])
+def test_queued_again_it_runs_again(node):
+    inputs = [i.id for i in node.define_schema().inputs]
+    first = node.fingerprint_inputs(**dict.fromkeys(inputs))
+    assert node.fingerprint_inputs(**dict.fromkeys(inputs)) >= first and node.fingerprint_inputs() != first
+
+
+# --- what is shown
+
+
+@pytest.mark.parametrize("action, sentence", [("look", "no training run 'mine'"), ("stop", "nothing to stop")])
+def test_nothing_to_look_at_or_to_stop_is_a_sentence(place, action, sentence):
+    with pytest.raises(ValueError, match=f"FlexIPTrainingStatus: .*{sentence}"):
+        FlexIPTrainingStatus.execute("mine", action)
+
+
+def test_a_run_is_shown_with_losses_and_its_newest_preview(place, cfg):
+    put_run(place, cfg, 4, "Step 4: loss 1.0.\nCUDA out of memory")
+    out = FlexIPTrainingStatus.execute("mine", "look")
+    report, losses, preview = out.args
+    assert "failed at step 4 of 10" in report and "CUDA out of memory" in report and "variant 0.5000" in report
+    assert losses.shape == (1, train.PLOT[1], train.PLOT[0], 3) and preview.shape == losses.shape and preview.std() == 0
+    assert out.ui["text"] == (report,) and len(out.ui["images"]) == 1, "no placeholder on the node"
+    previews = place.folder / background.PREVIEWS
+    previews.mkdir()
+    for step, colour in ((500, "red"), (1000, "lime")):
+        Image.new("P" if step == 500 else "RGB", (700, 90), colour if step == 1000 else 0).save(
+            previews / f"step_{step:06d}.png"
+        )
+    out = FlexIPTrainingStatus.execute(" mine ", "look")
+    assert torch.equal(out.args[2], torch.tensor([0.0, 1.0, 0.0]).expand(1, 90, 700, 3))
+    assert len(out.ui["images"]) == 2
+
+
+def test_stopping_asks_and_says_what_comes(place, cfg):
+    put_run(place, cfg, 3)
+    with background.locked(place.folder):
+        report = FlexIPTrainingStatus.execute("mine", "stop").args[0]
+    assert "running at step 3" in report and "asked to stop" in report
+    assert (place.folder / background.STOP).exists()
+
+
+def colours(picture: torch.Tensor) -> set[tuple[int, ...]]:
+    return {tuple(colour) for colour in (picture[0] * 255).round().int().reshape(-1, 3).unique(dim=0).tolist()}
+
+
+def test_the_plot_has_a_line_per_kind_that_was_seen():
+    both = tuple(line(step, None if step == 2 else 0.1 * step) for step in range(1, 6))
+    assert {BLUE, ORANGE} <= colours(train.loss_plot(both))
+    one = tuple(line(step, None) for step in range(1, 6))
+    assert BLUE in colours(train.loss_plot(one)) and ORANGE not in colours(train.loss_plot(one))
+    assert not {BLUE, ORANGE} & colours(train.loss_plot(())), "nothing logged yet"
+    assert train.loss_plot(both[:1]).shape == train.loss_plot(()).shape
+
+
+def test_pictures_of_different_sizes_lie_on_grey_in_one_batch():
+    batch = train._same_size([torch.zeros(1, 4, 9, 3), torch.ones(1, 6, 5, 3)])
+    assert batch.shape == (2, 6, 9, 3)
+    assert batch[0, :4].max() == 0 and batch[0, 4:].unique().tolist() == [0.5]
+    assert batch[1, :, :5].min() == 1 and batch[1, :, 5:].unique().tolist() == [0.5]
