@@ -138,6 +138,23 @@ class GatedAttention:
         twin.added = self.added
         return twin
 
+    # ComfyUI asks what it finds in a slot for the following; what sat there before us it can no longer see.
+
+    def to(self, device_or_dtype: Any) -> GatedAttention:
+        moved = self.previous.to(device_or_dtype) if hasattr(self.previous, "to") else self.previous
+        if moved is self.previous:
+            return self
+        twin = self.fork()  # not in place: with several GPUs each device has its own
+        twin.previous = moved
+        return twin
+
+    def models(self) -> list[Any]:
+        return self.previous.models() if hasattr(self.previous, "models") else []
+
+    def cleanup(self) -> None:
+        if hasattr(self.previous, "cleanup"):
+            self.previous.cleanup()
+
 
 def block_grid(extra_options: dict[str, Any]) -> tuple[int, int] | None:
     """Height and width of the running block's image tokens; ComfyUI notes (b, c, h, w) at every transformer."""

@@ -122,7 +122,7 @@ _NESTED = {"clip": ClipConfig, "dino": DinoConfig, "resampler": ResamplerConfig}
 
 def _build(cls: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise ValueError(f"{where} must be an object, got {type(data).__name__}.")
+        raise ValueError(f"{where} must be an object, got {str(data)[:40]!r}.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(data) - set(fields))
     if unknown:
@@ -154,3 +154,9 @@ def _check_type(annotation: str, value: Any, where: str) -> None:
             raise ValueError(f"{where} must map names to whole numbers of at least 1, got {value!r}.")
     elif not (isinstance(value, dict) or (value is None and annotation.endswith("None"))):
         raise ValueError(f"{where} must be an object, got {value!r}.")
+
+
+def deeper_than(data: object, levels: int) -> bool:
+    """Whether JSON from a stranger nests lists and objects deeper than that, before anything walks through it."""
+    inner = data.values() if isinstance(data, dict) else data if isinstance(data, list) else None
+    return inner is not None and (levels == 0 or any(deeper_than(value, levels - 1) for value in inner))

@@ -17,6 +17,7 @@ import torch
 from .weights import Header
 
 Shape = tuple[int, ...]
+LARGEST = 16384  # of every size of a tower; views let a small pickle show tensors of any size
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,15 @@ def _convert_shapes(shapes: Mapping[str, Shape], kind: str, layout: str, prefix:
 
 def tower_shape(kind: str, shapes: Mapping[str, Shape]) -> TowerShape:
     """Reads the sizes from shapes in the tower's own layout. KeyError, IndexError or ValueError if it is no ViT."""
+    shape = _read_shape(kind, shapes)
+    if not all(0 < size <= LARGEST for size in (shape.width, shape.depth, shape.mlp, shape.patch)) or not all(
+        0 <= size <= LARGEST for size in (shape.positions, shape.out, shape.registers)
+    ):
+        raise ValueError("No vision transformer has such sizes.")
+    return shape
+
+
+def _read_shape(kind: str, shapes: Mapping[str, Shape]) -> TowerShape:
     if kind == "clip" and "class_embedding" in shapes:
         hidden = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
         return TowerShape(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import encoder_files
 from .config import ClipConfig, DinoConfig
 from .encoder_files import EncoderFile, TowerShape, describe
-from .weights import name_of, read_header, read_tensors
+from .weights import name_of, read_header, read_weights
 
 _TIMM_VITS = {"vision_transformer", "eva", "beit", "deit"}  # timm's modules whose models are plain ViTs
 # A config comes out of a downloaded file: only sizes may be set by it, never files, addresses or Python objects.
@@ -276,7 +276,7 @@ def load_tower(
     tower = _build_tower(cfg, "meta")
 
     if isinstance(source, (str, Path)):
-        source = read_tensors(source, encoder_files.tower_keys(shapes, file))
+        source = read_weights(source, encoder_files.tower_keys(shapes, file))
     state = {key: t.to(device="cpu", dtype=dtype) for key, t in encoder_files.to_tower_layout(source, file).items()}
     if isinstance(cfg, DinoConfig):
         state = _timm_filter(tower.model)(state, tower.model)

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate, pad
 CROPS = ("center", "pad", "squash", "subject")
 GROUND = 0.5
 MARGIN = 0.15  # around the subject, on each side, of the longer side of its box
+_ABSURD = 1e6  # far outside 0 to 1: scaling such numbers may overflow
 _EMPTY = 1 / 255  # a mask that nowhere exceeds this is empty
 # Longer strips are cut to this aspect before they are scaled: 16384 x 1 px would otherwise become 3.7 million x 224.
 _LONGEST_STRIP = 16
@@ -43,7 +44,8 @@ def prepare(image: Tensor, mask: Tensor | None, crop: str, size: int) -> Tensor:
     subject = _check_mask(mask) if mask is not None else alpha
     picture = image[..., :3] if image.shape[2] >= 3 else image.expand(-1, -1, 3)
     if alpha is not None:
-        picture = picture * alpha[..., None] + GROUND * (1 - alpha[..., None])
+        picture = picture * alpha[..., None]
+        picture += GROUND * (1 - alpha[..., None])  # in place: of 16384 x 16384 px a copy takes 3 GB
     picture = picture[None].movedim(-1, 1)  # 1 3 h w
     height, width = picture.shape[2:]
     if crop == "center":
@@ -68,6 +70,12 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (pixels - mean) / std
 
 
+def finite(values: Tensor) -> bool:
+    """Whether all are numbers. `isfinite` would make copies of a picture."""
+    low, high = values.aminmax()  # both NaN if one value is
+    return math.isfinite(low) and math.isfinite(high)
+
+
 def _check_image(image: Tensor) -> Tensor:
     if not isinstance(image, Tensor) or not image.is_floating_point():
         raise ValueError("The reference is not a ComfyUI image (decimal numbers from 0 to 1); connect an image.")
@@ -79,11 +87,13 @@ def _check_image(image: Tensor) -> Tensor:
     if image.numel() == 0:
         raise ValueError(f"The reference is empty ({image.shape[1]} x {image.shape[0]} pixels); connect an image.")
     image = image.detach().to("cpu", torch.float32)
-    if not image.isfinite().all():
+    if not finite(image):
         raise ValueError(
             "The reference contains values that are not numbers (NaN or infinite); the node that made it "
             "failed, so use another picture."
         )
+    if max(-image.min().item(), image.max().item()) > _ABSURD:
+        image = image.clamp(0, 1)
     return image
 
 
@@ -95,7 +105,7 @@ def _check_mask(mask: Tensor) -> Tensor:
     if mask.numel() == 0:
         raise ValueError("The mask has no pixels; connect a mask.")
     mask = mask.detach().to("cpu", torch.float32)
-    if not mask.isfinite().all():
+    if not finite(mask):
         raise ValueError("The mask contains values that are not numbers (NaN or infinite); connect another mask.")
     if mask.ndim == 4 and mask.shape[3] == 1 != mask.shape[1]:  # (b, h, w, 1), as some packs make it
         mask = mask[..., 0]

@@ -19,8 +19,8 @@ import torch.nn as nn
 
 from .adapters import ADAPTERS, BlockKV, KVProjection
 from .config import ClipConfig, FeatureNeed, ResamplerConfig
-from .resampler import Resampler
-from .weights import read_header, read_tensors
+from .ip_projections import FullProjection, PlainProjection, PlusProjection
+from .weights import one_line, read_header, read_weights
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -156,6 +156,7 @@ def _recognise(shapes: Shapes) -> IPAdapterFile | None:
     for base, (base_text, blocks) in BASES.items():
         if widths == list(blocks.values()) and text_width == base_text:
             width = _feature_width(family, shapes)
+            _check_sizes(shapes)
             return IPAdapterFile(family, base, text_width, blocks, _tower(family, width), width)
     raise Unsupported(
         f"is an IP-Adapter ({family.name}) with {len(pairs)} cross-attentions and text {text_width} wide; FlexIP runs those for "
@@ -185,9 +186,19 @@ def _foreign(shapes: Shapes) -> str | None:
 def _projections(shapes: Shapes) -> list[tuple[str, str]]:
     """Keys of to_k and to_v in the order of their numbers."""
     numbers = sorted(
-        int(match[1]) for key in shapes if (match := re.fullmatch(r"ip_adapter\.(\d+)\.to_k_ip\.weight", key))
+        int(match[1]) for key in shapes if (match := re.fullmatch(r"ip_adapter\.([0-9]{1,4})\.to_k_ip\.weight", key))
     )
     return [(f"ip_adapter.{n}.to_k_ip.weight", f"ip_adapter.{n}.to_v_ip.weight") for n in numbers]
+
+
+def _check_sizes(shapes: Shapes) -> None:
+    """Views let a small pickle show tensors of any size, and a network would be built for them."""
+    for key, shape in shapes.items():
+        if key.startswith(PREFIXES) and not all(0 < side <= LARGEST for side in shape):
+            raise ValueError(
+                f"looks like an IP-Adapter, but its tensor {one_line(key, 80)} has the shape {list(shape)[:8]}, expected numbers "
+                f"from 1 to {LARGEST}; download it again"
+            )
 
 
 def _feature_width(family: Family, shapes: Shapes) -> int:
@@ -210,47 +221,6 @@ def _tower(family: Family, width: int) -> ClipConfig:
     )
 
 
-class PlainProjection(nn.Module):
-    """One linear layer makes all tokens of the embedding (ImageProjModel)."""
-
-    def __init__(self, width: int, out_width: int, tokens: int, operations: Any = nn):
-        super().__init__()
-        self.tokens = tokens
-        self.proj = operations.Linear(width, tokens * out_width)
-        self.norm = operations.LayerNorm(out_width)
-
-    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """(r, width) -> (r, tokens, out_width)"""
-        return self.norm(self.proj(embedding).unflatten(1, (self.tokens, -1)))
-
-
-class PlusProjection(nn.Module):
-    """Learned queries resample the penultimate tokens: our own Resampler under other names."""
-
-    def __init__(self, cfg: ResamplerConfig, width: int, out_width: int, tokens: int, operations: Any = nn):
-        super().__init__()
-        self.latents = nn.Parameter(torch.empty(1, tokens, cfg.width))
-        self.resampler = Resampler(cfg, width, out_width, operations)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(r, n, width) -> (r, tokens, out_width)"""
-        return self.resampler(self.latents.to(hidden).expand(hidden.shape[0], -1, -1), hidden)
-
-
-class FullProjection(nn.Module):
-    """A small MLP on every penultimate token (MLPProjModel)."""
-
-    def __init__(self, width: int, out_width: int, operations: Any = nn):
-        super().__init__()
-        self.proj_in = operations.Linear(width, width)
-        self.proj_out = operations.Linear(width, out_width)
-        self.norm = operations.LayerNorm(out_width)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(r, n, width) -> (r, n, out_width)"""
-        return self.norm(self.proj_out(nn.functional.gelu(self.proj_in(hidden))))
-
-
 _PLUS_NAMES = (
     (r"^latents$", "latents"),
     (r"^proj_in\.", "resampler.context_in."),
@@ -264,6 +234,8 @@ _PLUS_NAMES = (
     (r"^layers\.(\d+)\.1\.3\.", r"resampler.layers.\1.ff_out."),
 )
 _FULL_NAMES = ((r"^proj\.0\.", "proj_in."), (r"^proj\.2\.", "proj_out."), (r"^proj\.3\.", "norm."))
+PREFIXES = ("image_proj.", "ip_adapter.")  # of all tensors that are read; trainers leave others in their files
+LARGEST = 65536  # of all dimensions; the public files stay below 11,000
 DIM_HEAD = 64  # of the plus family's resampler, in all public files; not visible in the shapes
 
 
@@ -281,9 +253,25 @@ class SingleAdapter(nn.Module):
         with torch.device("meta"):
             self.image_proj = _image_projection(file, proj, operations)
             self.kv = nn.ModuleList(KVProjection(file.text_width, width, operations) for width in file.blocks.values())
-        self.image_proj.load_state_dict(_renamed(file.family, proj), strict=True, assign=True)
+        _fill(self.image_proj, _renamed(file.family, proj))
         for kv, (to_k, to_v) in zip(self.kv, _projections({key: tuple(value.shape) for key, value in tensors.items()})):
-            kv.load_state_dict({"to_k.weight": tensors[to_k], "to_v.weight": tensors[to_v]}, strict=True, assign=True)
+            _fill(kv, {"to_k.weight": tensors[to_k], "to_v.weight": tensors[to_v]})
+
+
+class _Misfit(ValueError):
+    """Tensors that do not fit together, in words."""
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    wanted = {key: list(value.shape) for key, value in module.state_dict().items()}
+    for key in (*wanted, *tensors):
+        if key not in tensors:
+            raise KeyError(key)
+        if key not in wanted:
+            raise _Misfit(f"it has an unknown tensor {one_line(key, 80)}")
+        if list(tensors[key].shape) != wanted[key]:
+            raise _Misfit(f"{key} has the shape {list(tensors[key].shape)[:8]}, expected {wanted[key]}")
+    module.load_state_dict(tensors, strict=True, assign=True)
 
 
 def _image_projection(file: IPAdapterFile, proj: Mapping[str, torch.Tensor], operations: Any) -> nn.Module:
@@ -313,6 +301,8 @@ def _renamed(family: Family, proj: Mapping[str, torch.Tensor]) -> dict[str, torc
             if count:
                 break
         if key.endswith(".to_kv.weight"):
+            if value.ndim != 2 or value.shape[0] % 2:
+                raise _Misfit(f"{key} has the shape {list(value.shape)[:8]}, expected two halves")
             out[key.replace("to_kv", "to_k")], out[key.replace("to_kv", "to_v")] = value.chunk(2)
         else:
             out[key] = value
@@ -330,24 +320,26 @@ def load_pair(
 
 def _load_single(path: str | os.PathLike, operations: Any) -> SingleAdapter:
     header = read_header(path)
-    name = Path(path).name
+    name = one_line(Path(path).name, 300)
     try:
         file = recognise(header.shapes)
     except ValueError as error:
         raise ValueError(f"{name} {error}.") from None
     if file is None:
+        keys = ", ".join(one_line(key, 80) for key in list(header.shapes)[:3])
         raise ValueError(
-            f"{name} is neither a FlexIP checkpoint nor an IP-Adapter ({len(header.shapes)} tensors, {', '.join(list(header.shapes)[:3])} ...). "
+            f"{name} is neither a FlexIP checkpoint nor an IP-Adapter ({len(header.shapes)} tensors, {keys} ...). "
             "Choose a file that is one of them."
         )
+    tensors = read_weights(path, [key for key in header.shapes if key.startswith(PREFIXES)])
     try:
-        return SingleAdapter(file, read_tensors(path), operations, name)
+        return SingleAdapter(file, tensors, operations, name)
     except KeyError as error:
         raise ValueError(
             f"{name} looks like an {file.describe()}, but has no tensor {error.args[0]}. Download it again."
         ) from None
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
+    except (_Misfit, IndexError) as error:
+        reason = "some have too few dimensions" if isinstance(error, IndexError) else error
         raise ValueError(
             f"{name} looks like an {file.describe()}, but its tensors do not fit together ({reason}). Download it again."
         ) from None

@@ -19,9 +19,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from .config import ClipConfig, DinoConfig, FeatureNeed
+from .config import ClipConfig, DinoConfig, FeatureNeed, deeper_than
 from .reference import Reference
-from .weights import Header, is_safetensors, name_of, read_header, read_tensors, write_atomically
+from .weights import Header, is_safetensors, name_of, one_line, read_header, read_tensors, write_atomically
 
 SUFFIX = ".flexip-ref.safetensors"  # how the nodes tell these files from weights, without opening thousands of files
 FORMAT = "1"
@@ -57,7 +57,7 @@ def save_reference(reference: Reference, path: str | os.PathLike) -> None:
     with _problems("This reference cannot be saved", "Encode it again"):
         _check_layout(_read_needs(needs), shapes, dtypes)
         _check_finite(tensors)
-    metadata = {FORMAT_KEY: FORMAT, NEEDS_KEY: needs, ENCODERS_KEY: _one_line(reference.encoders)}
+    metadata = {FORMAT_KEY: FORMAT, NEEDS_KEY: needs, ENCODERS_KEY: one_line(reference.encoders)}
     # not save_file: it makes files that other users of the machine cannot read
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
@@ -78,7 +78,7 @@ def load_reference(path: str | os.PathLike) -> Reference:
     with _problems(damaged, again):
         _check_finite(tensors)
     features, null = ({need.name: tensors[f"0.{part}.{need.name}"] for need in needs} for part in _PARTS)
-    return Reference(features, null, _one_line(header.metadata[ENCODERS_KEY]), needs)
+    return Reference(features, null, one_line(header.metadata[ENCODERS_KEY]), needs)
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def _problems(subject: str, advice: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{subject}: {_one_line(error, 300).rstrip('.')}. {advice}.") from None
+        raise ValueError(f"{subject}: {one_line(error, 300).rstrip('.')}. {advice}.") from None
 
 
 def _checked_format(path: Path) -> Header:
@@ -100,7 +100,7 @@ def _checked_format(path: Path) -> Header:
         raise ValueError(foreign)
     if version != FORMAT:
         raise ValueError(
-            f"{name_of(path)} has reference format {_one_line(version, 20)!r}, this version of the pack reads format {FORMAT!r}. "
+            f"{name_of(path)} has reference format {one_line(version, 20)!r}, this version of the pack reads format {FORMAT!r}. "
             "Update the pack or save the reference again."
         )
     return header
@@ -113,7 +113,7 @@ def _read_needs(text: str) -> tuple[FeatureNeed, ...]:
         data = json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError(f"its metadata {NEEDS_KEY!r} is not JSON") from None
-    if _deeper_than(data, 5):  # list, need, encoder, its settings, a list in them
+    if deeper_than(data, 5):  # list, need, encoder, its settings, a list in them
         raise ValueError(f"its metadata {NEEDS_KEY!r} is nested too deep")
     if not isinstance(data, list) or not data:
         raise ValueError(f"its metadata {NEEDS_KEY!r} does not list what the reference was encoded for")
@@ -125,14 +125,9 @@ def _read_needs(text: str) -> tuple[FeatureNeed, ...]:
     return needs
 
 
-def _deeper_than(data: object, levels: int) -> bool:
-    inner = data.values() if isinstance(data, dict) else data if isinstance(data, list) else None
-    return inner is not None and (levels == 0 or any(_deeper_than(value, levels - 1) for value in inner))
-
-
 def _check_need(need: FeatureNeed) -> None:
     for text in (need.name, need.encoder.model):
-        if text != _one_line(text, 200) or not text:
+        if text != one_line(text, 200) or not text:
             raise ValueError(f"{text[:40]!r} is no name for a feature or an encoder")
     if need.kind not in _KINDS:
         raise ValueError(f"{need.name} is of kind {need.kind!r}, expected one of {', '.join(_KINDS)}")
@@ -173,9 +168,3 @@ def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     for key, value in tensors.items():
         if not value.isfinite().all():
             raise ValueError(f"tensor {key} holds values that are not numbers (NaN or infinite)")
-
-
-def _one_line(text: object, longest: int = 1000) -> str:
-    """For messages and reports: a stranger's text without line breaks and control characters, not too long."""
-    line = "".join(letter if letter.isprintable() else " " for letter in str(text)[: 2 * longest])
-    return " ".join(line.split())[:longest]

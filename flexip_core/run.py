@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -285,6 +286,10 @@ class Run:
         self.neighbours = neighbours
         self.entries: list[Entry] = []
         self._untagged: dict[tuple, int] = {}
+        self._lock = threading.Lock()  # ComfyUI's MultiGPU CFG split calls from one thread per device
+
+    def __deepcopy__(self, memo: dict) -> Run:
+        return self  # some packs copy the options whole while sampling
 
     @property
     def reads_sigma(self) -> bool:
@@ -303,29 +308,31 @@ class Run:
         text (chunks * count, t, w). Computed where the text is, with weights cast as they come.
         """
         rows: list[Row] = []
-        for part in text.chunk(chunks):
-            key = text_key(part)
-            if key not in self._untagged:
-                self._untagged[key] = len(self.entries)
-                self.prepare([Entry(part.detach(), null=True)], dtype, lambda link: text.device)
-            rows += [Row(self._untagged[key], item) for item in range(part.shape[0])]
-        for run in self.links:
-            run.counters.untagged += 1
+        with self._lock:
+            for part in text.chunk(chunks):
+                key = text_key(part)
+                if key not in self._untagged:
+                    self._untagged[key] = len(self.entries)
+                    self.prepare([Entry(part.detach(), null=True)], dtype, lambda link: text.device)
+                rows += [Row(self._untagged[key], item) for item in range(part.shape[0])]
+            for run in self.links:
+                run.counters.untagged += 1
         return tuple(rows)
 
     def assemble(self, call: Call, sigma: float | None) -> tuple[Branches, str]:
         """Tensors for the patches and the name of their structure, or ({}, "") where no link is active."""
         tensors: Branches = {}
         names = []
-        for run in self.links:
-            run.counters.calls += 1
-            if not run.active_at(sigma):
-                continue
-            run.counters.active += 1
-            run.counters.tiles += run.has_masks and _is_unknown_tile(call, run.setting)
-            branches, name = run.branches(call, sigma)
-            tensors.update(branches)
-            names.append(name)
+        with self._lock:
+            for run in self.links:
+                run.counters.calls += 1
+                if not run.active_at(sigma):
+                    continue
+                run.counters.active += 1
+                run.counters.tiles += run.has_masks and _is_unknown_tile(call, run.setting)
+                branches, name = run.branches(call, sigma)
+                tensors.update(branches)
+                names.append(name)
         return tensors, f"flexip_{self.neighbours}_" + "_".join(names) if names else ""
 
 

@@ -27,7 +27,7 @@ from . import encoder_files, encoders, images
 from .config import ClipConfig, DinoConfig
 from .encoder_files import EncoderFile, TowerShape, describe
 from .text_tower import TextFile, find_text_tower
-from .weights import Header, read_header, read_tensors
+from .weights import Header, read_header, read_tensors, read_weights
 
 CLIP_STANDARD = "OpenAI's CLIP ViT-B/32"
 DINO_STANDARD = "DINO v1 ViT-S/16"
@@ -214,7 +214,7 @@ def check(scorer: ScorerFile) -> None:
 def load_image_tower(scorer: ScorerFile) -> encoders.ClipTower | encoders.DinoTower:
     """The image tower in float32 (scores are read to three decimals) on the CPU, in eval mode, frozen."""
     check(scorer)
-    tensors = read_tensors(scorer.path, encoder_files.tower_keys(read_header(scorer.path).shapes, scorer.file))
+    tensors = read_weights(scorer.path, encoder_files.tower_keys(read_header(scorer.path).shapes, scorer.file))
     return encoders.load_tower(scorer.encoder, encoder_files.to_tower_layout(tensors, scorer.file))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoder_files import CLIP_BLOCKS_FROM_TRANSFORMERS, EncoderFile, Shape, renamed
-from .weights import read_tensors
+from .weights import read_weights
 
 VOCABULARY = 49408  # of CLIP's byte pair encoding, the only one that open_clip's tokenizer holds
 HEAD_WIDTH = 64  # of every published CLIP text tower with that vocabulary; the number of heads is not in a file
@@ -130,7 +130,7 @@ def load_text_tower(
             f"{name} has a text tower with missing or unknown tensors ({odd[0]}, {len(odd)} in all); use another CLIP file."
         )
     keys = [key for parts in file.sources.values() for key in parts]
-    tensors = source if isinstance(source, Mapping) else read_tensors(source, keys)
+    tensors = source if isinstance(source, Mapping) else read_weights(source, keys)
     state = {}
     for key, parts in file.sources.items():
         value = torch.cat([tensors[part] for part in parts]) if len(parts) > 1 else tensors[parts[0]]

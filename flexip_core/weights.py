@@ -8,10 +8,13 @@ sentence that names the file and says what to do.
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import json
 import math
+import mmap
 import os
-import pickle
+import stat
 import struct
 import warnings
 import zipfile
@@ -21,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .pickles import FalseSize, NotPlain, scan_legacy, scan_record
 
 # https://github.com/huggingface/safetensors#format: 8 bytes of header length, JSON header, data.
 _LENGTH_BYTES = 8
@@ -44,6 +49,8 @@ _DTYPES = {
     "C64": torch.complex64,
 }
 _DEEPEST_NESTING = 8  # of dicts in a pickle; also ends dicts that contain themselves
+_MOST_ENTRIES = 1_000_000  # of all dicts in a pickle; a dict that is in many others counts each time
+_MOST_DIMENSIONS = 64
 _AGAIN = "download it again"
 
 
@@ -82,15 +89,48 @@ def read_tensors(path: str | Path, keys: Iterable[str] | None = None) -> dict[st
     path = Path(path)
     if is_safetensors(path):
         wanted = _check_keys(path, _safetensors_header(path).shapes, keys)
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:
                 return {key: file.get_tensor(key) for key in wanted}
-        except (SafetensorError, OSError) as error:  # what our own header check lets through, e.g. overlapping tensors
-            raise _bad(path, f"is a damaged safetensors file ({_first_line(error)}); {_AGAIN}") from None
+        except Exception:  # noqa: BLE001 - what our own header check lets through, in whatever way the library takes it
+            raise _bad(path, f"is a damaged safetensors file; {_AGAIN}") from None
     tensors = _unpickle(path)
     return {key: tensors[key] for key in _check_keys(path, tensors, keys)}
+
+
+def read_weights(path: str | Path, keys: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """As `read_tensors`, for tensors that a network computes with: all must be finite decimal numbers.
+
+    Looking at all of them costs a tenth of a second per GB, beside reading the file.
+    """
+    tensors = read_tensors(path, keys)
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise _bad(
+                Path(path),
+                f"stores tensor {one_line(key, 80)!r} as {_dtype_name(tensor.dtype)}, not as decimal numbers; choose a file "
+                "in float32, float16 or bfloat16",
+            )
+        if not _finite(tensor):
+            raise _bad(
+                Path(path),
+                f"holds values that are not numbers (NaN or infinite) in tensor {one_line(key, 80)!r}, so every picture "
+                f"would be black; {_AGAIN}",
+            )
+    return tensors
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    # a view that repeats its memory is looked at once
+    tensor = tensor[tuple(slice(1 if stride == 0 else None) for stride in tensor.stride())]
+    if not tensor.numel():
+        return True
+    if tensor.element_size() == 1:  # float8 knows no comparison
+        tensor = tensor.to(torch.bfloat16)
+    low, high = tensor.aminmax()  # both NaN if one value is
+    return bool(low.isfinite() and high.isfinite())
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -110,16 +150,17 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 def name_of(path: str | Path) -> str:
     """How messages name a file: its name and its folder."""
     path = Path(path)
-    return f"{path.name} (in {path.parent})"
+    return f"{one_line(path.name, 300)} (in {one_line(path.parent)})"
+
+
+def one_line(text: object, longest: int = 1000) -> str:
+    """For messages and reports: a stranger's text without line breaks and control characters, not too long."""
+    line = "".join(letter if letter.isprintable() else " " for letter in str(text)[: 2 * longest])
+    return " ".join(line.split())[:longest]
 
 
 def _bad(path: Path, what: str) -> ValueError:
     return ValueError(f"{name_of(path)} {what}.")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ")[:160] if lines else type(error).__name__
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -135,7 +176,7 @@ def _check_keys(path: Path, present: Iterable[str], keys: Iterable[str] | None) 
     if missing:
         raise _bad(
             path,
-            f"has no tensor {missing[0]!r} ({len(missing)} of {len(keys)} wanted tensors are missing); "
+            f"has no tensor {one_line(missing[0], 80)!r} ({len(missing)} of {len(keys)} wanted tensors are missing); "
             "choose another file",
         )
     return keys
@@ -146,7 +187,10 @@ def is_safetensors(path: Path) -> bool:
     try:
         if path.is_dir():
             raise _bad(path, "is a folder, a weight file (.safetensors) is needed; choose a file inside it")
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise _bad(path, "is not a file, a weight file (.safetensors) is needed; choose another one")
+        size = status.st_size
         with path.open("rb") as file:
             start = file.read(256)
     except FileNotFoundError:
@@ -194,13 +238,18 @@ def _safetensors_header(path: Path) -> Header:
     try:
         data = json.loads(raw, object_pairs_hook=_no_duplicates)
     except _DuplicateKey as error:
-        raise _bad(path, f"lists the name {error.args[0]!r} twice in its header; {_AGAIN}") from None
+        raise _bad(path, f"lists the name {one_line(error.args[0], 80)!r} twice in its header; {_AGAIN}") from None
     except (ValueError, RecursionError):  # not UTF-8, not JSON, absurdly long numbers, absurdly nested
         raise _bad(path, f"is damaged or not safetensors (its header is not valid JSON); {_AGAIN}") from None
     metadata = data.pop("__metadata__", {}) if isinstance(data, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _bad(path, f"has a header whose metadata is not a list of texts, so it is not safetensors; {_AGAIN}")
-    end = max((_check_entry(path, key, entry) for key, entry in data.items()), default=0)
+    end = 0
+    for first, last, key in sorted(_check_entry(path, key, entry) for key, entry in data.items()):
+        if first != end:  # as the format demands, so that no byte belongs to two tensors or to none
+            what = "overlaps another one" if first < end else "leaves a gap before it"
+            raise _bad(path, f"is damaged: tensor {one_line(key, 80)!r} {what}; {_AGAIN}")
+        end = last
     if begin + end != size:
         state = "cut off" if begin + end > size else "too long"
         raise _bad(path, f"is {state}: its header describes {begin + end} bytes, but the file has {size}; {_AGAIN}")
@@ -209,24 +258,25 @@ def _safetensors_header(path: Path) -> Header:
     return Header(path, shapes, dtypes, metadata)
 
 
-def _check_entry(path: Path, key: str, entry: Any) -> int:
-    """The end of a tensor's data; its shape, dtype and extent must agree, so that nobody allocates by a false shape."""
+def _check_entry(path: Path, key: str, entry: Any) -> tuple[int, int, str]:
+    """Where a tensor's data begins and ends, and its name; its shape, dtype and extent must agree, so that nobody allocates by a false shape."""
+    name = one_line(key, 80)
     try:
         shape, (begin, end), dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        if len(shape) > _MOST_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
             raise TypeError
     except (TypeError, KeyError, ValueError):
-        raise _bad(path, f"has a damaged entry for tensor {key!r} in its header; {_AGAIN}") from None
-    if dtype not in _DTYPES:
+        raise _bad(path, f"has a damaged entry for tensor {name!r} in its header; {_AGAIN}") from None
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise _bad(
             path,
-            f"stores tensor {key!r} as {str(dtype)[:20]!r}, which FlexIP cannot read; "
+            f"stores tensor {name!r} as {one_line(dtype, 20)!r}, which FlexIP cannot read; "
             "choose a file in float32, float16 or bfloat16",
         )
     expected = math.prod(shape) * _DTYPES[dtype].itemsize
     if end - begin != expected:
-        raise _bad(path, f"gives tensor {key!r} {end - begin} bytes where its shape needs {expected}; {_AGAIN}")
-    return end
+        raise _bad(path, f"gives tensor {name!r} {end - begin} bytes where its shape needs {expected}; {_AGAIN}")
+    return begin, end, key
 
 
 class _DuplicateKey(ValueError):
@@ -245,28 +295,31 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     zipped = _check_zip(path)
     try:
-        # mmap: tensors stay in the file until used, and views cost nothing. Only the zip format can be mapped.
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")  # about pickle protocols: an error follows or nothing does
-            mmap = zipped and path.suffix != ".safetensors"  # by a path, torch would believe that ending
-            source: Any = str(path) if mmap else stack.enter_context(path.open("rb"))
-            data = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        if "unsupported" in str(error).lower() or "weights only" in str(error).lower():
-            raise _bad(
-                path,
-                "contains Python objects besides weights, which could run code, so it was not opened; "
-                "use a .safetensors version of it",
-            ) from None
-        raise _bad(path, f"is a damaged torch.save file ({_first_line(error)}); {_AGAIN}") from None
+            (_scan_zip if zipped else _scan_legacy)(path)
+            # mmap: tensors stay in the file until used, and views cost nothing. Only the zip format can be mapped.
+            mapped = zipped and path.suffix != ".safetensors"  # by a path, torch would believe that ending
+            source: Any = str(path) if mapped else stack.enter_context(path.open("rb"))
+            data = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    except NotPlain:
+        raise _bad(
+            path,
+            "contains Python objects besides weights, which could run code, so it was not opened; "
+            "use a .safetensors version of it",
+        ) from None
+    except FalseSize:
+        raise _bad(path, f"is damaged: it describes larger tensors than it holds; {_AGAIN}") from None
     except Exception:  # noqa: BLE001 - a damaged pickle can fail with any exception
         raise _bad(path, f"is a damaged or cut off torch.save file of {path.stat().st_size} bytes; {_AGAIN}") from None
     if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
         data = data["state_dict"]
     tensors: dict[str, torch.Tensor] = {}
-    for key, tensor in _flatten(path, data, "", 0):
+    for key, tensor in _flatten(path, data, "", 0, itertools.count()):
         if key in tensors:
-            raise _bad(path, f"contains two tensors with the name {key!r}; use a .safetensors version of it")
+            raise _bad(
+                path, f"contains two tensors with the name {one_line(key, 80)!r}; use a .safetensors version of it"
+            )
         tensors[key] = tensor
     if not tensors:
         raise _bad(path, "contains no tensors; choose a file with weights")
@@ -279,11 +332,12 @@ def _check_zip(path: Path) -> bool:
         if file.read(4) != b"PK\x03\x04":
             return False
     size = path.stat().st_size
+    cut = f"is a damaged or cut off torch.save file of {size} bytes; {_AGAIN}"
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        raise _bad(path, f"is a damaged or cut off torch.save file of {size} bytes; {_AGAIN}") from None
+    except Exception:  # noqa: BLE001 - a damaged archive can fail with any exception
+        raise _bad(path, cut) from None
     if any("/code/" in e.filename for e in entries):
         raise _bad(
             path, "is a TorchScript program, not plain weights, so it was not opened; use a .safetensors version of it"
@@ -293,14 +347,33 @@ def _check_zip(path: Path) -> bool:
     return True
 
 
-def _flatten(path: Path, data: Any, prefix: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _scan_zip(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        pickle = next(name for name in sizes if name.endswith("/data.pkl"))
+        root = pickle.removesuffix(".pkl") + "/"
+        scan_record(
+            io.BytesIO(archive.read(pickle)), {k.removeprefix(root): n for k, n in sizes.items() if k.startswith(root)}
+        )
+
+
+def _scan_legacy(path: Path) -> None:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        scan_legacy(mapped, len(mapped))
+
+
+def _flatten(
+    path: Path, data: Any, prefix: str, depth: int, count: Iterator[int]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of nested dicts under dotted names; step counters, optimizer settings and the like are passed over."""
     if not isinstance(data, dict):
         return
     if depth > _DEEPEST_NESTING:
         raise _bad(path, "nests its tensors too deep for a weight file; use a .safetensors version of it")
     for key, value in data.items():
+        if next(count) > _MOST_ENTRIES:
+            raise _bad(path, f"has more than {_MOST_ENTRIES} entries; use a .safetensors version of it")
         if isinstance(value, torch.Tensor):
             yield f"{prefix}{key}", value
         else:
-            yield from _flatten(path, value, f"{prefix}{key}.", depth + 1)
+            yield from _flatten(path, value, f"{prefix}{key}.", depth + 1, count)

@@ -15,6 +15,7 @@ from ..flexip_core.reference import Reference, ReferenceSet
 from ..flexip_core.schedule import GateBatch, GateCurve
 from ..flexip_core.space import as_masks
 from . import encoders, runtime
+from .checks import check_numbers
 from .load import LoadedAdapters
 from .types import CATEGORY, FlexIPAdapters, FlexIPBlockStrengths, FlexIPGate, FlexIPReference
 
@@ -112,6 +113,8 @@ class ApplyFlexIPGate(io.ComfyNode):
     ) -> io.NodeOutput:
         check_base(model, adapters)
         check_reference(adapters, reference)
+        check_numbers(NODE, 0, 1, gate=gate, start_percent=start_percent, end_percent=end_percent)
+        check_numbers(NODE, 0, 5, strength=strength)
         if start_percent >= end_percent:
             raise ValueError(
                 f"{NODE}: start_percent {start_percent:g} is not before end_percent {end_percent:g}, so the reference would never act. Set start_percent below end_percent."

@@ -15,6 +15,8 @@ from ..flexip_core import auto_gate
 from ..flexip_core.auto_gate import Found
 from ..flexip_core.plots import Series, line_plot
 from . import files, notices, runtime, scorers
+from .checks import check_finite, check_latent, check_numbers
+from .compat import KEEP_PREVIEW
 from .sampler import decode, sample
 from .types import CATEGORY
 
@@ -33,7 +35,7 @@ class FlexIPAutoGate(io.ComfyNode):
             description="Keep at least this much identity: finds the smallest gate whose identity score reaches the target, by a few short runs, and shows the curve it found.",
             search_aliases=["auto gate", "identity target", "find gate", "likeness", "auto weight"],
             is_output_node=False,
-            has_intermediate_output=True,
+            **KEEP_PREVIEW,
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A model with a FlexIP gate; the gate of the last Apply FlexIP Gate is looked for."
@@ -144,6 +146,9 @@ class FlexIPAutoGate(io.ComfyNode):
             raise ValueError(
                 f"{NODE}: the last Apply FlexIP Gate has strength 0, so no gate changes anything. Raise its strength."
             )
+        check_latent(NODE, "latent_image", latent_image, model)
+        check_finite(NODE, target=target)  # one out of reach has its own words
+        check_numbers(NODE, 0, 100, cfg=cfg)
         scorers.check_pictures(reference_image, "reference_image", NODE)
         scorer = scorers.identity_scorer(clip_vision, dino, NODE, links[-1].network.needs())
         latent = {"samples": latent_image["samples"][:1]}

@@ -10,7 +10,9 @@ from comfy_api.v0_0_2 import io, ui
 from ..flexip_core import images
 from ..flexip_core.encoders import image_size
 from ..flexip_core.reference import Reference
+from ..flexip_core.space import as_masks
 from . import encoders
+from .compat import KEEP_PREVIEW
 from .load import LoadedAdapters
 from .types import CATEGORY, FlexIPAdapters, FlexIPReference
 
@@ -27,7 +29,7 @@ class EncodeReference(io.ComfyNode):
             description="Shows the reference picture to the image encoders. Several pictures (a batch or a list, sizes may differ) are one subject seen several times.",
             search_aliases=["reference image", "clip vision encode", "ip-adapter encode", "identity"],
             is_input_list=True,
-            has_intermediate_output=True,  # the preview survives a page reload
+            **KEEP_PREVIEW,
             inputs=[
                 FlexIPAdapters.Input(
                     "adapters", tooltip="From Load FlexIP Adapters: they decide which encoders are needed."
@@ -102,18 +104,12 @@ def _first(values: list | None) -> Any:
 def _pictures(batches: list[torch.Tensor], masks: list | None):
     """Every picture with its mask: masks are repeated where there are fewer, as ComfyUI does with batches."""
     pictures = [picture for batch in batches if batch is not None for picture in batch]
-    flat = [m for batch in masks or [] if batch is not None for m in _planes(batch)]
+    with encoders.named(NODE):
+        flat = [m for batch in masks or [] if batch is not None for m in as_masks(batch, "The mask")]
     if not pictures:
         raise ValueError(f"{NODE}: expected at least one picture, got an empty batch. Connect an image.")
     for number, picture in enumerate(pictures):
         yield picture, flat[number % len(flat)] if flat else None
-
-
-def _planes(mask: torch.Tensor) -> torch.Tensor:
-    """(h, w), (b, h, w), (b, 1, h, w) or (b, h, w, 1) -> (b, h, w)"""
-    if mask.ndim == 4 and mask.shape[-1] == 1:
-        mask = mask[..., 0]
-    return mask.reshape(-1, *mask.shape[-2:])
 
 
 def _prepared(picture: torch.Tensor, mask: torch.Tensor | None, crop: str, size: int) -> torch.Tensor:

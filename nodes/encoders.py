@@ -43,8 +43,9 @@ def resolve(need: FeatureNeed, choices: dict[str, str]) -> str | None:
 
 
 def _shapes_of_file(name: str, node: str) -> dict[str, tuple[int, ...]]:
+    path = files.path_of(files.ENCODER_FOLDER, name, node)
     with named(node):
-        return read_header(files.path_of(files.ENCODER_FOLDER, name, node)).shapes
+        return read_header(path).shapes
 
 
 def _find(cfg: ClipConfig | DinoConfig, node: str) -> str | None:
@@ -91,6 +92,11 @@ def features(
             torch.zeros_like(feature)
             if need.null == "zeros"
             else run(torch.zeros_like(pixels[:1])).float().cpu().expand_as(feature)
+        )
+    if not (images.finite(feature) and images.finite(null)):
+        raise ValueError(
+            f"{NODE}: the encoder {need.encoder.model} from {source} gives values that are not numbers (NaN or infinite), so every picture would be black. "
+            "Download its file again, or start ComfyUI with --force-fp32 if half precision is too small for it."
         )
     return feature, null, source
 

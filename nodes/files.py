@@ -30,7 +30,7 @@ def adapter_path(name: str, node: str) -> str:
     if folder is None:
         where = " or ".join(map(searched, ADAPTER_FOLDERS))
         raise ValueError(
-            f"{node}: there is no file {name!r} in {where}. Files found there: {', '.join(adapter_names()) or 'none'}."
+            f"{node}: there is no file {shown(name)} in {where}. Files found there: {listed(adapter_names())}."
         )
     return path_of(folder, name, node)
 
@@ -44,10 +44,19 @@ def path_of(folder: str, name: str, node: str) -> str:
     path = folder_paths.get_full_path(folder, name) if name in names(folder) else None
     if path is None:
         raise ValueError(
-            f"{node}: there is no file {name!r} in {searched(folder)}. Files found there: {', '.join(names(folder)) or 'none'}."
+            f"{node}: there is no file {shown(name)} in {searched(folder)}. Files found there: {listed(names(folder))}."
         )
     return path
 
 
 def searched(folder: str) -> str:
     return " or ".join(folder_paths.get_folder_paths(folder))
+
+
+def shown(name: object) -> str:
+    """A name from a prompt for messages: in quotes, not too long."""
+    return repr(name) if len(str(name)) <= 200 else repr(str(name)[:200] + "...")
+
+
+def listed(found: list[str]) -> str:
+    return (", ".join(found[:20]) + (f", and {len(found) - 20} more" if len(found) > 20 else "")) or "none"

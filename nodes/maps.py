@@ -13,8 +13,11 @@ from comfy_api.v0_0_2 import io, ui
 from ..flexip_core import maps, unet
 from ..flexip_core.contact_sheet import contact_sheet
 from . import encoders, notices, runtime
+from .checks import check_latent, check_numbers
+from .compat import KEEP_PREVIEW
 from .look import Recorder, look
 from .sampler import decode
+from .scorers import check_pictures
 from .types import CATEGORY
 
 NODE = "FlexIPAttentionMaps"
@@ -33,7 +36,7 @@ class FlexIPAttentionMaps(io.ComfyNode):
             category=CATEGORY,
             description="Where in a finished picture the reference acts: a heat map for detail, semantic and personalization tokens, or for each word of the prompt.",
             is_output_node=True,
-            has_intermediate_output=True,  # the preview survives a page reload
+            **KEEP_PREVIEW,
             search_aliases=["heatmap", "heat map", "daam", "cross attention", "visualize attention", "explain"],
             inputs=[
                 io.Model.Input("model", tooltip="The gated model that made the picture, from Apply FlexIP Gate."),
@@ -152,6 +155,10 @@ class FlexIPAttentionMaps(io.ComfyNode):
         seed: int = 0,
     ) -> io.NodeOutput:
         links = runtime.links_of(model)
+        check_latent(NODE, "latent", latent, model)
+        check_numbers(NODE, 0, 1, start_percent=start_percent, end_percent=end_percent)
+        if image is not None:
+            check_pictures(image, "image", NODE)
         check(links, latent, show, vae, image, start_percent, end_percent)
         with encoders.named(NODE):
             chosen = maps.choose_blocks(blocks, list(unet.block_levels(model.model.diffusion_model)))

@@ -29,11 +29,13 @@ def send(text: str, node_id: str | None) -> None:
         return
     from server import PromptServer  # absent where ComfyUI is used as a library
 
-    if getattr(PromptServer, "instance", None) is None:
+    server = getattr(PromptServer, "instance", None)
+    client = getattr(server, "client_id", None)  # who queued the prompt that runs
+    if client is None:  # nobody waits; and without a client the server tells everybody, whatever their page shows
         return
-    PromptServer.instance.send_progress_text(text, node_id)
+    server.send_progress_text(text, node_id, client)
     warnings = [
         part.removeprefix(WARNING) for part in text.replace("\n\n", ".\n").split(".\n") if part.startswith(WARNING)
     ]
     # sent without warnings, too: they take the last run's away
-    PromptServer.instance.send_sync("flexip.warnings", {"node": node_id, "warnings": warnings})
+    server.send_sync("flexip.warnings", {"node": node_id, "warnings": warnings}, client)

@@ -12,6 +12,7 @@ from comfy_execution.utils import get_executing_context
 
 from ..flexip_core.reference import Reference, ReferenceSet
 from . import notices
+from .checks import check_numbers
 from .types import CATEGORY, FlexIPGate, FlexIPReference
 
 NODE = "FlexIPConditioning"
@@ -83,6 +84,8 @@ class FlexIPConditioning(io.ComfyNode):
         reference: Reference | ReferenceSet | None = None,
         gate_schedule: Any = None,
     ) -> io.NodeOutput:
+        check_numbers(NODE, 0, 1, gate=gate)
+        check_numbers(NODE, 0, 5, strength=strength)
         own = OwnReference(reference, (gate,) if gate_schedule is None else gate_schedule, strength)
         reminder = Reminder(cls.hidden.unique_id if cls.hidden else None)
         out = []

@@ -10,7 +10,8 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..flexip_core.reference import Reference
 from ..flexip_core.reference_file import SUFFIX, load_reference, save_reference
-from . import notices
+from . import files, notices
+from .compat import is_within_directory
 from .encoders import named
 from .types import CATEGORY, FlexIPReference
 
@@ -122,17 +123,18 @@ def reference_names() -> list[str]:
 
 def reference_path(name: Any) -> str:
     """Full path for a name as the combo lists it; ValueError in one sentence for a missing file or one outside ComfyUI's folders."""
-    try:
-        path = folder_paths.get_annotated_filepath(str(name))
-    except ValueError:
+    # not get_annotated_filepath, which looks at nothing on older cores
+    file, folder = folder_paths.annotated_filepath(str(name))
+    folder = folder or folder_paths.get_input_directory()
+    path = os.path.abspath(os.path.join(folder, file))
+    if not is_within_directory(folder, path):
         raise ValueError(
-            f"{LOAD}: {name!r} lies outside ComfyUI's input and output folders. Copy the file into the input folder."
-        ) from None
+            f"{LOAD}: {files.shown(name)} lies outside ComfyUI's input and output folders. Copy the file into the input folder."
+        )
     if not os.path.isfile(path):
-        found = reference_names()
-        listed = ", ".join(found[:20]) + (f", and {len(found) - 20} more" if len(found) > 20 else "")
+        found = files.listed(reference_names())
         raise ValueError(
-            f"{LOAD}: there is no file {name!r}. Reference files in the input and output folders: {listed or 'none'}."
+            f"{LOAD}: there is no file {files.shown(name)}. Reference files in the input and output folders: {found}."
         )
     return path
 
@@ -140,9 +142,14 @@ def reference_path(name: Any) -> str:
 def _new_file(prefix: str) -> tuple[str, str, str]:
     """Folder, sub-folder and a new name in ComfyUI's output folder, numbered as Save Image numbers."""
     output = folder_paths.get_output_directory()
-    if not folder_paths.is_within_directory(output, os.path.join(output, os.path.dirname(os.path.normpath(prefix)))):
+    if any(letter < " " or "\ud800" <= letter <= "\udfff" for letter in prefix):
         raise ValueError(
-            f"{SAVE}: filename_prefix {prefix!r} leads out of ComfyUI's output folder. Use a name or a sub-folder, like flexip/reference."
+            f"{SAVE}: filename_prefix {files.shown(prefix)} holds characters that no file name can have. Use a name like flexip/reference."
+        )
+    folder = os.path.join(output, os.path.dirname(os.path.normpath(prefix)))
+    if not is_within_directory(output, folder):
+        raise ValueError(
+            f"{SAVE}: filename_prefix {files.shown(prefix)} leads out of ComfyUI's output folder. Use a name or a sub-folder, like flexip/reference."
         )
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
     return folder, subfolder, f"{name}_{counter:05}_{SUFFIX}"
@@ -152,13 +159,11 @@ def _files_in(folder: str) -> list[str]:
     """Reference files under `folder`, sorted; walking past 50,000 pictures takes some 25 ms."""
     paths = [
         os.path.join(where, file)
-        for where, _, files in os.walk(folder)  # follows no links: what lies behind them could not be loaded
-        for file in files
+        for where, _, found in os.walk(folder)  # follows no links: what lies behind them could not be loaded
+        for file in found
         if file.endswith(SUFFIX)
     ]
-    return sorted(
-        _shown(os.path.relpath(path, folder)) for path in paths if folder_paths.is_within_directory(folder, path)
-    )
+    return sorted(_shown(os.path.relpath(path, folder)) for path in paths if is_within_directory(folder, path))
 
 
 def _shown(path: str) -> str:

@@ -73,10 +73,11 @@ def base_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int
 def fork_patches(source: Any, clone: Any) -> None:
     """ON_CLONE: clones share the objects in patches_replace, and neighbours append to them."""
     slots = _slots(clone.model_options["transformer_options"])
-    forks: dict[int, GatedAttention] = {}
+    forks: dict[tuple[int, str], GatedAttention] = {}
     for key, patch in slots.items():
         if isinstance(patch, GatedAttention):
-            slots[key] = forks.setdefault(id(patch), patch.fork())
+            # one object again under both keys of a block: moving what sat there before us can have made it two
+            slots[key] = forks.setdefault((patch.position, patch.address), patch.fork())
 
 
 def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +140,7 @@ def _start(guider: Any, links: tuple[Link, ...], latent: torch.Tensor, copies: i
         for (name, entry), owns in zip(conds, own)
     ]
     with torch.no_grad():
-        run.prepare(entries, model.model.get_dtype_inference(), _load)
+        run.prepare(entries, _dtype(model), _load)
     seen = any(link.has_masks for link in runs)
     for number, (_, entry) in enumerate(conds):
         # a new dict: the old one also belongs to guider.original_conds
@@ -147,6 +148,11 @@ def _start(guider: Any, links: tuple[Link, ...], latent: torch.Tensor, copies: i
         if seen:
             entry["model_conds"][tags.VIEW] = tags.view(height, width)
     return run
+
+
+def _dtype(model: Any) -> torch.dtype:
+    """What the model will calculate in. Asked of the patcher: a node's choice reaches the model itself only when it is loaded."""
+    return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
 
 
 def _own(entry: dict[str, Any], links: tuple[Link, ...]) -> dict[int, Own]:
@@ -178,6 +184,10 @@ def _text(entry: dict[str, Any], links: tuple[Link, ...]) -> torch.Tensor:
     if text.shape[-1] != wanted:
         raise ValueError(
             f"ApplyFlexIPGate: the model reads text {wanted} wide, but a prompt on the sampler is {text.shape[-1]} wide. Encode it with the CLIP of the same checkpoint."
+        )
+    if not text.isfinite().all():
+        raise ValueError(
+            "ApplyFlexIPGate: a prompt on the sampler contains values that are not numbers (NaN or infinite). The node that encoded it failed, often because its CLIP ran in half precision; encode it again."
         )
     return text
 

@@ -18,6 +18,8 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..flexip_core.contact_sheet import contact_sheet
 from ..flexip_core.schedule import GateBatch, GateCurve, parse_numbers
 from . import encoders, runtime
+from .checks import check_latent, check_numbers
+from .compat import KEEP_PREVIEW, with_channels_of
 from .types import CATEGORY
 
 NODE = "FlexIPSampler"
@@ -32,7 +34,7 @@ class FlexIPSampler(io.ComfyNode):
             display_name="FlexIP Sampler",
             category=CATEGORY,
             description="KSampler for a gated model. With a list of gates it samples every gate from the same noise and lays the pictures side by side.",
-            has_intermediate_output=True,  # the preview survives a page reload
+            **KEEP_PREVIEW,
             search_aliases=["ksampler", "gate sweep", "xy plot", "ip-adapter sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="A model with a FlexIP gate, from Apply FlexIP Gate."),
@@ -128,6 +130,9 @@ class FlexIPSampler(io.ComfyNode):
             raise ValueError(
                 f"{NODE}: the model has no FlexIP gate. Put Apply FlexIP Gate between the checkpoint and this node."
             )
+        check_latent(NODE, "latent_image", latent_image, model)
+        check_numbers(NODE, 0, 100, cfg=cfg)
+        check_numbers(NODE, 0, 1, denoise=denoise)
         with encoders.named(NODE):
             values = parse_numbers(gates, 0.0, 1.0, "gates", MOST)
             amounts = parse_numbers(strengths, 0.0, 5.0, "strengths", MOST)
@@ -213,9 +218,7 @@ def sample(
     copies: int,
 ) -> dict:
     """core's KSampler on `copies` of the latent batch, which all get the noise that one alone would get."""
-    samples = comfy.sample.fix_empty_latent_channels(
-        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
-    )
+    samples = with_channels_of(model, latent)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     sampler = comfy.samplers.sampler_object(sampler_name)
     if copies > 1:

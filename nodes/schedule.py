@@ -20,12 +20,14 @@ from ..flexip_core.schedule import (
     parse_numbers,
     preset_curve,
 )
+from .checks import check_numbers
+from .compat import KEEP_PREVIEW, CurveInput
 from .types import CATEGORY, FlexIPGate
 
 SCHEDULE = "FlexIPGateSchedule"
 BATCH = "FlexIPGateBatch"
 DRAWN = "curve"  # the last preset: what is drawn in, or wired into, the curve input
-HAS_CURVES = hasattr(io, "Curve")
+HAS_CURVES = CurveInput is not None
 
 
 class FlexIPGateSchedule(io.ComfyNode):
@@ -48,7 +50,7 @@ class FlexIPGateSchedule(io.ComfyNode):
             display_name="FlexIP Gate Schedule",
             category=CATEGORY,
             description="A gate that changes over the sampling, for Apply FlexIP Gate. Layout and identity are decided early, style and detail late. The plot shows the gate at every step.",
-            has_intermediate_output=True,  # the plot survives a page reload
+            **KEEP_PREVIEW,
             search_aliases=["gate over time", "gate curve", "weight type", "keyframe", "timestep", "schedule"],
             inputs=[
                 io.Combo.Input(
@@ -90,6 +92,7 @@ class FlexIPGateSchedule(io.ComfyNode):
         model: Any = None,
         sigmas: torch.Tensor | None = None,
     ) -> io.NodeOutput:
+        check_numbers(SCHEDULE, 0, 1, start=start, end=end)
         gate = drawn_curve(curve) if preset == DRAWN else preset_curve(preset, start, end)
         title = gate.name
         if preset != DRAWN and _is_wired(curve):
@@ -105,8 +108,6 @@ def drawn_curve(curve: Any) -> GateCurve:
 
     Between the points a curve may be smooth, so it is read at every percent and at its own points.
     """
-    from comfy_api.input import CurveInput  # not in every ComfyUI that can run the presets
-
     try:
         curve = CurveInput.from_raw(curve)
         percents = np.array(sorted({*GRID, *(x for x, _ in curve.points if 0.0 <= x <= 1.0)}))

@@ -15,6 +15,7 @@ from ..flexip_core import scores, text_tower
 from ..flexip_core.schedule import parse_numbers
 from ..flexip_core.scores import CLIP_I, CLIP_T, DINO_I, Score
 from . import encoders, files, notices, sampler, scorers
+from .compat import KEEP_PREVIEW
 from .load import LoadedAdapters
 from .types import CATEGORY, FlexIPAdapters
 
@@ -32,7 +33,7 @@ class FlexIPScore(io.ComfyNode):
             description="Scores every picture of a batch: CLIP-I and DINO-I (nearness to the reference), CLIP-T (nearness to the prompt). With the gates of a sweep it plots them over the gate.",
             search_aliases=["clip score", "clip-i", "clip-t", "dino score", "evaluate", "metrics", "similarity"],
             is_output_node=True,
-            has_intermediate_output=True,  # the plot survives a page reload
+            **KEEP_PREVIEW,
             inputs=[
                 io.Image.Input("images", tooltip="The pictures to score, as one batch."),
                 io.Image.Input(

@@ -9,6 +9,7 @@ import comfy.model_management as mm
 import torch
 
 from ..flexip_core import scorer_files, scores, text_tower
+from ..flexip_core.images import finite
 from ..flexip_core.scorer_files import ScorerFile
 from . import encoders, files
 
@@ -115,8 +116,12 @@ def check_pictures(pictures: Any, name: str, node: str) -> None:
             f"{node}: {name} has the shape {shape} instead of pictures x height x width x 1, 3 or 4 channels; "
             f"connect at least one image to {name}."
         )
+    if not pictures.is_floating_point():
+        raise ValueError(
+            f"{node}: {name} holds whole numbers instead of decimal ones from 0 to 1; connect an image as ComfyUI's nodes make it."
+        )
     for number, picture in enumerate(pictures):
-        if not picture.isfinite().all():
+        if not finite(picture):
             raise ValueError(
                 f"{node}: picture {number + 1} of {name} contains values that are not numbers (NaN or infinite); "
                 "the node that made it failed, so use another picture."

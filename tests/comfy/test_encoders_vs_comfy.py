@@ -13,6 +13,7 @@ import torch
 from flexip_pack.flexip_core.config import ClipConfig, DinoConfig
 from flexip_pack.flexip_core.encoders import load_tower
 from flexip_pack.flexip_core.images import normalise, prepare
+from test_load_and_encode import core_vision
 
 VISION = {"width": 32, "layers": 3, "head_width": 16, "patch_size": 14, "image_size": 56}
 CLIP = ClipConfig("tiny", 24, VISION)
@@ -52,7 +53,7 @@ def no_grad():
 
 def core_model(config: dict) -> comfy.clip_vision.ClipVisionModel:
     """A core CLIP_VISION with random weights (core leaves them uninitialised)."""
-    model = comfy.clip_vision.ClipVisionModel(dict(config))
+    model = core_vision(config)
     torch.manual_seed(0)
     for parameter in model.model.parameters():
         parameter.copy_(torch.randn(parameter.shape) * 0.3 + (0.5 if parameter.ndim == 1 else 0))

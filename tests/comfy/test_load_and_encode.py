@@ -1,7 +1,10 @@
 """LoadFlexIPAdapters and EncodeReference: files found by content, encoders from files or from wired CLIP_VISION objects."""
 
 import dataclasses
+import json
 import os
+import tempfile
+from pathlib import Path
 
 import comfy.clip_vision
 import comfy.model_management as mm
@@ -68,9 +71,17 @@ def adapters_file(models, name="adapters.safetensors", **changes):
     return name
 
 
+def core_vision(config):
+    """Older cores take a file only."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.json")
+        path.write_text(json.dumps(config))
+        return comfy.clip_vision.ClipVisionModel(str(path))
+
+
 @torch.no_grad()
 def core_encoder(config, seed):
-    model = comfy.clip_vision.ClipVisionModel(dict(config))
+    model = core_vision(config)
     g = torch.Generator().manual_seed(seed)
     for p in model.model.parameters():
         p.copy_(torch.randn(p.shape, generator=g) * 0.3 + (p.ndim == 1) * 0.5)

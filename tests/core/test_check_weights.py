@@ -83,7 +83,7 @@ def test_every_kind_of_file_gets_its_line(tmp_path, sd15_tensors, capsys):
     [
         ("cut", "cut off"),
         ("missing", "no tensor ip_adapter.31.to_v_ip.weight"),
-        ("nan", "not finite"),
+        ("nan", "not numbers"),
         ("page", "web page"),
     ],
 )

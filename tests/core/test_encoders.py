@@ -342,7 +342,7 @@ def test_a_file_that_does_not_fit_is_named_with_what_it_is_and_what_is_wanted(tm
 
 def test_a_misfit_is_found_in_the_header_before_any_tensor_is_read(tmp_path, monkeypatch):
     path = saved(tmp_path, tiny_clip(layers=4))
-    monkeypatch.setattr(encoders, "read_tensors", lambda *_: pytest.fail("read the tensors"))
+    monkeypatch.setattr(encoders, "read_weights", lambda *_: pytest.fail("read the tensors"))
     with pytest.raises(ValueError, match="4 layers"):
         load_tower(CLIP, path)
 

@@ -1,0 +1,205 @@
+"""A look through a torch.save file's pickle before torch reads it: nothing is built, and every claimed size is checked.
+
+torch's `weights_only` runs no code, but it allocates what a pickle claims: storages of any size in the old format, tensors
+larger than their storage, `torch.Tensor(2**40)`. Only what plain weights need passes here; the opcodes are those that torch
+reads, so that both read the same.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+_CODES = (
+    pickle.GLOBAL, pickle.REDUCE, pickle.BUILD, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS,
+    pickle.MARK, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.NONE, pickle.NEWFALSE,
+    pickle.NEWTRUE, pickle.EMPTY_TUPLE, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.BININT,
+    pickle.BININT1, pickle.BININT2, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINSTRING, pickle.BINPERSID,
+    pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT, pickle.LONG1, pickle.PROTO, pickle.STOP,
+)  # fmt: skip
+_BYTES = {
+    "Float": 4,
+    "Half": 2,
+    "BFloat16": 2,
+    "Double": 8,
+    "Long": 8,
+    "Int": 4,
+    "Short": 2,
+    "Char": 1,
+    "Byte": 1,
+    "Bool": 1,
+    "Untyped": 1,
+    "ComplexFloat": 8,
+    "ComplexDouble": 16,
+}
+_LEGACY_PICKLES = 5  # magic number, protocol, machine, the data, names of the storages
+
+
+class NotPlain(ValueError):
+    """Something besides weights."""
+
+
+class FalseSize(ValueError):
+    """Sizes that the file does not hold."""
+
+
+class _Name(NamedTuple):
+    """What a global stands for; it is never imported."""
+
+    module: str
+    name: str
+
+
+class _Storage(NamedTuple):
+    elements: int
+
+
+class _Inert:
+    """A tensor or another value that is not looked at."""
+
+
+def scan_record(record: BinaryIO, sizes: Mapping[str, int]) -> None:
+    """The pickle of a zipped file; `sizes` has the bytes that are there for each storage."""
+    scan = _Scan(record)
+    scan.load()
+    for key, size in scan.claimed.items():
+        if size > sizes.get(key, -1):
+            raise FalseSize(key)
+
+
+def scan_legacy(file: Any, size: int) -> None:
+    """The pickles of a file in the format before torch 1.6, which has `size` bytes with the storages."""
+    scans = [_Scan(file) for _ in range(_LEGACY_PICKLES)]
+    for scan in scans:
+        scan.load()
+    if sum(sum(scan.claimed.values()) for scan in scans) > size:
+        raise FalseSize
+
+
+class _Codes(dict):
+    def __missing__(self, code: int) -> Callable:
+        raise NotPlain
+
+
+class _Scan(pickle._Unpickler):  # the one in C allocates by what numbers in the file claim
+    dispatch = _Codes({code[0]: pickle._Unpickler.dispatch[code[0]] for code in _CODES})
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file, encoding="latin1")
+        self.claimed: dict[str, int] = {}  # storage -> bytes
+
+    def find_class(self, module: str, name: str) -> _Name:
+        return _Name(module, name)
+
+    def persistent_load(self, saved: Any) -> _Storage:
+        match saved:
+            case ("storage", _Name("torch" | "torch.storage", kind), str(key), str(), int(elements), *view):
+                each = _BYTES.get(kind.removesuffix("Storage"))
+                if each is None or any(part is not None for part in view):  # views went out with torch 0.3
+                    raise NotPlain
+                if elements < 0:
+                    raise FalseSize(key)
+                self.claimed[key] = max(elements * each, self.claimed.get(key, 0))
+                return _Storage(elements)
+        raise NotPlain
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        function = self.stack[-1]
+        if not isinstance(function, _Name) or not isinstance(args, tuple):
+            raise NotPlain
+        self.stack[-1] = _made(function, args)
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        if (
+            type(self.stack[-1]) is not dict or type(state) is not dict
+        ):  # attributes of an OrderedDict, such as _metadata
+            raise NotPlain
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _set(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        _set(self.stack[-1], items)
+
+    def load_append(self) -> None:
+        _extend(self.stack[-2], [self.stack.pop()])
+
+    def load_appends(self) -> None:
+        items = self.pop_mark()
+        _extend(self.stack[-1], items)
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.APPEND[0]] = load_append
+    dispatch[pickle.APPENDS[0]] = load_appends
+
+
+def _set(target: Any, items: list) -> None:
+    if type(target) is not dict:
+        raise NotPlain
+    for key, value in zip(items[::2], items[1::2]):
+        _check_key(key)
+        target[key] = value
+
+
+def _extend(target: Any, items: list) -> None:
+    if type(target) is not list:
+        raise NotPlain
+    target.extend(items)
+
+
+def _check_key(key: Any) -> None:
+    if type(key) not in (str, int, float, bool, type(None)):  # hashing nested tuples can take forever
+        raise NotPlain
+
+
+def _made(function: _Name, args: tuple) -> Any:
+    """What calling an allowed global gives, as far as the sizes need it."""
+    match function, args:
+        case (
+            _Name("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2"),
+            (_Storage(elements), offset, size, stride, *_),
+        ):
+            return _tensor(elements, offset, size, stride)
+        case (
+            _Name("torch._utils", "_rebuild_tensor_v3"),
+            (_Storage(elements), offset, size, stride, _, _, _Name("torch", dtype), *_),
+        ):
+            bits = int("".join(filter(str.isdigit, dtype.partition("_")[0])) or 8)  # float8_e4m3fn, uint16
+            return _tensor(elements * 8 // max(bits, 8), offset, size, stride)
+        case (_Name("torch._utils", "_rebuild_parameter"), (_Inert() as tensor, *_)):
+            return tensor
+        case (_Name("collections", "OrderedDict"), ()):
+            return {}
+        case (_Name("collections", "OrderedDict"), (list(pairs),)):  # as Python 2 wrote it
+            if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+                raise NotPlain
+            made: dict = {}
+            _set(made, [part for pair in pairs for part in pair])
+            return made
+        case (_Name("collections", "Counter"), (dict(),)) | (_Name("torch", "Size"), (tuple(),)):
+            return _Inert()
+        case (_Name("builtins" | "__builtin__", "set"), (list(members),)):
+            for member in members:
+                _check_key(member)
+            return _Inert()
+        case (_Name("torch", "device"), _) | (_Name("_codecs", "encode"), (str(), "latin1")):
+            return _Inert()
+    raise NotPlain
+
+
+def _tensor(elements: int, offset: Any, size: Any, stride: Any) -> _Inert:
+    numbers = (offset, *size, *stride) if isinstance(size, tuple) and isinstance(stride, tuple) else (None,)
+    if not all(type(n) is int and n >= 0 for n in numbers) or len(size) != len(stride):
+        raise FalseSize
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    if (all(size) and last >= elements) or offset > elements:  # torch would make the storage larger
+        raise FalseSize
+    return _Inert()
