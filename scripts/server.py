@@ -153,7 +153,7 @@ class ComfyServer(ComfyClient):
             if messages[0]["type"] == "closed":
                 raise RuntimeError(f"The server's websocket cannot be reached. {self._log_end()}")
             prompt_id = self.queue(prompt, client_id)
-            while messages[-1]["type"] not in FINAL:  # this client has no other prompt
+            while not _ends(messages[-1], prompt_id):
                 try:
                     messages.append(received.get(timeout=max(0.0, start + timeout - time.monotonic())))
                 except queue.Empty:
@@ -208,6 +208,11 @@ class ComfyServer(ComfyClient):
 
     def _log_end(self) -> str:
         return "\n".join([f"The end of {self.log}:", *self.log_text().splitlines()[-30:]])
+
+
+def _ends(message: dict[str, Any], prompt_id: str) -> bool:
+    """ComfyUI tells everybody when it interrupts a prompt that was queued without a client."""
+    return message["type"] in FINAL and message["data"]["prompt_id"] == prompt_id
 
 
 def link_folder(source: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The test suite in the demo's environment. Arguments that are not listed here go to pytest.
 
-python3 scripts/test.py [--all] [--only core server] [-k gate ...]
+python3 scripts/test.py [--all] [--only core server] [--comfyui-versions all] [-k gate ...]
 """
 
 from __future__ import annotations
@@ -13,61 +13,120 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the portable build's Python leaves this out
 import environment  # noqa: E402
 
-# One process each: core must work without ComfyUI, and ComfyUI cannot be imported twice with different options.
+TESTS = environment.REPO / "tests"
+# One pytest each: core must work without ComfyUI, and ComfyUI cannot be imported twice with different options.
 FOLDERS = ("core", "packaging", "comfy", "server")
+# What is run with other versions of ComfyUI than the environment's own, as far as it needs no browser; () is all.
+WITH_OTHERS = {"comfy": (), "server": ("test_control.py", "test_errors.py", "test_http.py", "test_templates.py")}
+# Two processes, each file in one of them, in the order of their names; one that dies would only die again on the same
+# test. tests/server shares one server instead.
+IN_PARALLEL = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart", "0")
+# Only with --comfyui-versions are these run on the oldest ComfyUI, too: long, and about our arithmetic, not core's API.
+LONG_FILES = (
+    "test_compile.py",
+    "test_cost.py",
+    "test_demo_tradeoff.py",
+    "test_depth_runs.py",
+    "test_many_references.py",
+    "test_space.py",
+    "test_time.py",
+)
 NO_TESTS = 5  # pytest's exit code when nothing was selected
 COUNTS = ("tests", "failures", "errors", "skipped")
 
 
-def run_folder(env: environment.Environment, folder: str, arguments: list[str]) -> tuple[int, Counter[str]]:
+class Run(NamedTuple):
+    """One pytest on one folder of tests/."""
+
+    folder: str
+    version: str  # of ComfyUI; empty is the environment's own
+    files: tuple[str, ...]  # of the folder; none is all
+    arguments: list[str]
+
+    def __str__(self) -> str:
+        return f"tests/{self.folder}" + (f" with ComfyUI {self.version}" if self.version else "")
+
+
+def plan(options: argparse.Namespace, owned: bool) -> list[Run]:
+    """Everything with the environment's ComfyUI, then what needs no browser with others: those that are asked for, or,
+    if the environment is our `owned` one, a part on the oldest that is supported."""
+    asked, newest = options.comfyui_versions, environment.COMFYUI_VERSION if owned else ""
+    if "all" in asked:
+        asked = environment.COMFYUI_VERSIONS
+    versions = asked or ([environment.COMFYUI_OLDEST] if owned else [])
+    marked = [] if options.all else ["not long"]
+    marked_there = ["not page"] if options.all and asked else ["not long", "not page"]
+    left_out = [] if asked else [f"--ignore={TESTS / 'comfy' / name}" for name in LONG_FILES]
+    runs = [Run(folder, "", (), _select(marked)) for folder in options.only]
+    for version in environment.COMFYUI_VERSIONS:
+        if version in versions and version != newest:
+            for folder, files in WITH_OTHERS.items():
+                if folder in options.only:
+                    runs.append(Run(folder, version, files, [*_select(marked_there), *left_out]))
+    return runs
+
+
+def _select(marked: list[str]) -> list[str]:
+    return ["-m", " and ".join(marked)] if marked else []
+
+
+def start(run: Run, python: Path, comfyui: Path, logs: Path, arguments: list[str]) -> tuple[int, Counter[str]]:
     """pytest's exit code and its counts."""
-    tests, report = environment.REPO / "tests", env.home / "logs" / f"tests-{folder}.xml"
+    report = logs / f"tests-{run.folder}{f'-{run.version}' if run.version else ''}.xml"
     report.unlink(missing_ok=True)
-    command = [
-        env.python,
-        "-m",
-        "pytest",
-        "-c",
-        tests / "pytest.ini",
-        f"--junitxml={report}",
-        tests / folder,
-        *arguments,
-    ]
-    variables = {**os.environ, "COMFYUI_TREE": str(env.comfyui), "OMP_NUM_THREADS": "1"}
-    print(f"\n== tests/{folder}", flush=True)
+    command = [python, "-m", "pytest", "-c", TESTS / "pytest.ini", f"--junitxml={report}"]
+    command += [TESTS / run.folder / name for name in run.files or ("",)]
+    command += [*(() if run.folder == "server" else IN_PARALLEL), *run.arguments, *arguments]
+    variables = {**os.environ, "COMFYUI_TREE": str(comfyui), "OMP_NUM_THREADS": "1"}
+    print(f"\n== {run}", flush=True)
     code = subprocess.run(list(map(str, command)), cwd=environment.REPO, env=variables).returncode
     suites = ElementTree.parse(report).getroot().iter("testsuite") if report.is_file() else []
     return code, sum((Counter({key: int(suite.get(key, 0)) for key in COUNTS}) for suite in suites), Counter())
 
 
-def main() -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     environment.add_arguments(parser)
     parser.add_argument("--all", action="store_true", help="the tests marked long, too")
     parser.add_argument("--only", nargs="+", choices=FOLDERS, default=FOLDERS, help="these folders of tests/")
-    options, arguments = parser.parse_known_args()
+    parser.add_argument(
+        "--comfyui-versions",
+        nargs="+",
+        choices=("all", *environment.COMFYUI_VERSIONS),
+        default=(),
+        help="after the normal run, tests/comfy and what of tests/server needs no browser with these, too, in the same "
+        f"environment; without it only a part, with {environment.COMFYUI_OLDEST}",
+    )
+    return parser
+
+
+def main() -> int:
+    options, arguments = make_parser().parse_known_args()
     if os.environ.get("CI") and not environment.find_browser():
         print(f"{environment.NO_BROWSER} In CI the browser tests must run.", file=sys.stderr)
         return 1
     try:
         env = environment.prepare(options, environment.REPO / "tests" / "requirements.txt")
+        runs = plan(options, env.owned)
+        trees = {run.version: environment.get_comfyui(env.home, env.python, run.version) for run in runs if run.version}
     except environment.SetupError as error:
         print(error, file=sys.stderr)
         return 1
-    selection = [] if options.all else ["-m", "not long"]
-    results = {folder: run_folder(env, folder, [*selection, *arguments]) for folder in options.only}
-    failed = [folder for folder, (code, _) in results.items() if code not in (0, NO_TESTS if arguments else 0)]
-    total = sum((counts for _, counts in results.values()), Counter())
+    trees[""] = env.comfyui
+    results = [start(run, env.python, trees[run.version], env.home / "logs", arguments) for run in runs]
+    failed = [run for run, (code, _) in zip(runs, results) if code not in (0, NO_TESTS if arguments else 0)]
+    total = sum((counts for _, counts in results), Counter())
     bad = total["failures"] + total["errors"]
     print(
         f"\n{total['tests'] - bad - total['skipped']} passed, {bad} failed, {total['skipped']} skipped"
-        + (f"; failed: {', '.join(f'tests/{folder}' for folder in failed)}" if failed else "")
+        + (f"; failed: {', '.join(map(str, failed))}" if failed else "")
     )
     return 1 if failed or not total["tests"] else 0
 

@@ -23,6 +23,7 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 import comfy.cli_args  # noqa: E402, F401 - reads sys.argv
+import utils.extra_config  # noqa: E402, F401 - as main.py: older nodes.py puts comfy/ first, and its utils would hide this
 
 sys.argv = arguments
 
@@ -30,3 +31,11 @@ location = REPO / "__init__.py"
 spec = importlib.util.spec_from_file_location("flexip_pack", location, submodule_search_locations=[str(REPO)])
 sys.modules["flexip_pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["flexip_pack"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temp_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Previews go here, not into the installation; each process of pytest-xdist has a folder of its own."""
+    import folder_paths
+
+    folder_paths.set_temp_directory(str(tmp_path_factory.mktemp("temp")))

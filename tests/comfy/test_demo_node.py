@@ -70,9 +70,9 @@ def reference(models):
 def test_stock_text_encoding_gives_the_tokens_that_were_trained(models, weights):
     trained = task.load_world(weights)
     conditioning = encode(models[1], "a red (disc:1.3) on sand, top left")
-    expected = trained.encode_text(world.read_words("a red disc on sand, top left")[None])
+    expected = trained.encode_text(world.read_words("a red disc on sand, top left")[None]).tokens
     assert torch.allclose(conditioning[0][0], expected, atol=1e-6)
-    assert torch.allclose(encode(models[1], "")[0][0], trained.empty_text(), atol=1e-6)
+    assert torch.allclose(encode(models[1], "")[0][0], trained.empty_text().tokens, atol=1e-6)
     assert set(conditioning[0][1]) == {"pooled_output"}
 
 

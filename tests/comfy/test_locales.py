@@ -6,6 +6,7 @@ import importlib.util
 import flexip_pack
 import pytest
 from conftest import REPO
+from flexip_pack.nodes import compat
 
 # not on the path: scripts/server.py would hide ComfyUI's server
 spec = importlib.util.spec_from_file_location("flexip_locales", REPO / "scripts" / "locales.py")
@@ -18,6 +19,8 @@ ADVICE = "run scripts/locales.py"
 
 @pytest.fixture(scope="module")
 def english():
+    if compat.CurveInput is None:
+        pytest.skip("the files are written with a ComfyUI that has curves")
     return locales.english(locales.node_classes(flexip_pack))
 
 

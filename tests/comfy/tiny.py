@@ -6,6 +6,8 @@ which text a row carries, recomputes tokens, K and V, and does both softmaxes by
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.ldm.modules.attention
 import comfy.model_patcher
 import comfy.sample
@@ -27,7 +29,10 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+def tiny_model(
+    dtype: torch.dtype = torch.float32, seed: int = 0, compute: torch.dtype | None = None, heads: int = 8, **layout: Any
+) -> comfy.model_patcher.ModelPatcher:
+    """`compute`: another dtype to calculate in than the weights are stored in. `layout`: other values for the UNet's config."""
     config = comfy.supported_models.SD15(
         dict(
             image_size=32,
@@ -47,8 +52,10 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> comfy.model
             use_temporal_attention=False,
             dtype=dtype,
         )
+        | layout
     )
-    config.set_inference_dtype(dtype, None)
+    config.unet_config["num_heads"] = heads
+    config.set_inference_dtype(dtype, compute)
     model = config.get_model({}, "", device=CPU)
     g = generator(seed)
     with torch.no_grad():

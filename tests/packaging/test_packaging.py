@@ -58,7 +58,7 @@ def test_pyproject_holds_what_the_registry_wants() -> None:
     assert project["license"] == {"file": "LICENSE"} and "Apache License" in (REPO / "LICENSE").read_text()
     assert project["urls"]["Repository"].startswith("https://github.com/")
     assert comfy["PublisherId"] and comfy["DisplayName"] == "FlexIP"
-    assert comfy["requires-comfyui"] == f">={environment.COMFYUI_VERSION}"
+    assert comfy["requires-comfyui"] == f">={environment.COMFYUI_OLDEST}"
 
 
 def test_comfy_node_validate_passes(tmp_path: Path) -> None:

@@ -31,6 +31,13 @@ BROWSER_ARGUMENTS = [
 ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what needs a browser, so that -m "not page" is what goes over HTTP."""
+    for item in items:
+        if "chromium" in getattr(item, "fixturenames", ()):
+            item.add_marker("page")
+
+
 @pytest.fixture(scope="session")
 def comfyui_tree() -> Path:
     tree = os.environ.get("COMFYUI_TREE", "")
