@@ -1,5 +1,7 @@
 """Masks: strength and gate per place, against a reference that lays them over the tokens cell by cell."""
 
+import inspect
+
 import comfy.context_windows
 import naive
 import pytest
@@ -241,7 +243,11 @@ def test_a_call_that_a_node_makes_itself_sees_every_rows_gate_and_the_mask(model
 
 
 def windows(model, dim, causal, length=4):
-    return nodes_context_windows.ContextWindowsManualNode.execute(
+    execute = nodes_context_windows.ContextWindowsManualNode.execute
+    anchor = {"causal_window_fix": causal} if "causal_window_fix" in inspect.signature(execute).parameters else {}
+    if causal and not anchor:
+        pytest.skip("this ComfyUI has no anchor frame")
+    return execute(
         model,
         length,
         2,
@@ -251,7 +257,7 @@ def windows(model, dim, causal, length=4):
         comfy.context_windows.ContextFuseMethods.PYRAMID,
         dim,
         False,
-        causal_window_fix=causal,
+        **anchor,
     ).args[0]
 
 
