@@ -66,7 +66,7 @@ def plan(options: argparse.Namespace, owned: bool) -> list[Run]:
     for version in environment.COMFYUI_VERSIONS:
         if version in versions and version != newest:
             for folder, files in WITH_OTHERS.items():
-                if folder in options.only:
+                if folder in options.only and (asked or folder == "comfy"):  # a server's start and runs take minutes
                     runs.append(Run(folder, version, files, [*_select(marked_there), *left_out]))
     return runs
 

@@ -178,10 +178,9 @@ def test_what_moves_by_becoming_another_object_moves_for_that_device_only(model,
     patch = slots["input", 1, 0]
     assert patch.to("there").previous.where == "there" and patch.previous.where == "here"
     slots.update({key: patch.to("there") for key, patch in slots.items()})
-    child = gated.clone()
+    child, alone = gated.clone(), tiny.ksample(gated.clone(), P, N)
     slots = child.model_options["transformer_options"]["patches_replace"]["attn2"]
     assert slots["input", 1] is slots["input", 1, 0]
-    alone = tiny.ksample(child, P, N)
     slots["input", 1].add(added, weight=0.5)
     assert not torch.equal(tiny.ksample(child, P, N), alone)
 

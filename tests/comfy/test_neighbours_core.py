@@ -6,19 +6,12 @@ last tests hold the lists against the nodes of the ComfyUI that is under test, s
 
 from __future__ import annotations
 
-import ast
-import copy
 import functools
 import importlib
-import re
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import comfy.model_management as mm
 import comfy_extras.nodes_post_processing  # noqa: F401 - nodes_latent, which it imports, cannot be imported first
 import comfyui_version
 import folder_paths
@@ -26,11 +19,8 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from comfy.patcher_extension import WrappersMP
 from conftest import TREE
-from flexip_pack.flexip_core.link import Call, Entry
-from flexip_pack.flexip_core.link import Row as CallRow
-from flexip_pack.flexip_core.run import LAYOUTS, LinkRun, Run
+from core_nodes import nodes_that_touch_a_model
 from flexip_pack.nodes import runtime
 
 P, N = tiny.cond(1), tiny.cond(2)
@@ -188,8 +178,8 @@ ROWS = [*ATTENTION, *STEPS, *GUIDANCE, *SAMPLING, *WEIGHTS]
 
 ELSEWHERE = {
     "HypernetworkLoader": "test_neighbours_core.py::test_hypernetwork_changes_the_text_attention_and_not_ours",
-    "MultiGPU_WorkUnits": "test_neighbours_core.py::test_multigpu_cfg_split_gives_the_same_picture_from_two_threads",
-    "SelectModelDevice": "test_neighbours_core.py::test_a_model_put_on_a_device_by_hand",
+    "MultiGPU_WorkUnits": "test_neighbours_threads.py::test_multigpu_cfg_split_gives_the_same_picture_from_two_threads",
+    "SelectModelDevice": "test_neighbours_threads.py::test_a_model_put_on_a_device_by_hand",
     "ModelComputeDtype": "test_numerics.py::test_the_dtype_that_a_later_node_computes_in_is_followed",
     "TorchCompileModel": "test_compile.py::test_compiled_picture_is_right_after_every_change_and_only_new_structures_compile",
     "PerpNeg": "test_guiders.py::test_old_perp_neg_node_whose_own_conditioning_has_no_tag",
@@ -279,42 +269,7 @@ def lora() -> dict[str, torch.Tensor]:
     return out
 
 
-# The nodes of the ComfyUI under test that change a model's patches, wrappers, options or weights.
-TOUCHES = re.compile(
-    r"set_model_(?!sampler_noise)\w+|add_wrapper(_with_key)?|add_object_patch|add_weight_wrapper|set_injections|add_patches"
-    r"|create_multigpu_deepclones|set_torch_compile_wrapper|load_(bypass_)?lora\w*|ModelMergeBlocks"
-    r"|patches_replace|patches|attn1|attn2|optimized_attention_override|model_function_wrapper|context_handler"
-)
-
-
-def words(tree: ast.AST) -> Iterator[str]:
-    for part in ast.walk(tree):
-        if isinstance(part, ast.Attribute):
-            yield part.attr
-        elif isinstance(part, ast.Name):
-            yield part.id
-        elif isinstance(part, ast.Constant) and isinstance(part.value, str):
-            yield part.value
-
-
-def nodes_in(path: Path) -> Iterator[str]:
-    """Ids of the nodes in a file whose class, or what it uses of the file, touches a model."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    parts = {part.name: part for part in tree.body if isinstance(part, (ast.FunctionDef, ast.ClassDef))}
-    used = {name: set(words(part)) for name, part in parts.items()}
-    touching = {name for name, own in used.items() if any(map(TOUCHES.fullmatch, own))}
-    while more := {name for name, own in used.items() if own & touching} - touching:
-        touching |= more
-    pairs = [pair for part in ast.walk(tree) if isinstance(part, ast.Dict) for pair in zip(part.keys, part.values)]
-    mapped = [(v.id, k.value) for k, v in pairs if isinstance(k, ast.Constant) and isinstance(v, ast.Name)]
-    for name in touching:
-        calls = (part for part in ast.walk(parts[name]) if isinstance(part, ast.Call))
-        ids = [word.value.value for part in calls for word in part.keywords if word.arg == "node_id"]
-        if isinstance(parts[name], ast.ClassDef):
-            yield from ids[:1] or [id for cls, id in mapped if cls == name]
-
-
-FOUND = {id for path in [*Path(TREE, "comfy_extras").glob("*.py"), Path(TREE, "nodes.py")] for id in nodes_in(path)}
+FOUND = nodes_that_touch_a_model(Path(TREE))
 
 
 @pytest.fixture(scope="module")
@@ -399,66 +354,6 @@ def test_hypernetwork_changes_the_text_attention_and_not_ours(model, link, tmp_p
     assert tiny.relative_error(sample(runtime.attach(put(model), link)), expected) < TOLERANCE
     assert tiny.relative_error(sample(put(runtime.attach(model, link))), expected) < TOLERANCE
     assert tiny.relative_error(expected, without(model, link, 8, 1, False)) > 1e-4
-
-
-def test_multigpu_cfg_split_gives_the_same_picture_from_two_threads(model, link, monkeypatch):
-    """Core's own threads, one per device and model clone; two names of the CPU stand in for two GPUs."""
-    devices = [torch.device("cpu"), torch.device("cpu", 0)]
-    monkeypatch.setattr(mm, "current_loaded_models", [])  # core's node stumbles over models that are gone
-    monkeypatch.setattr(mm, "get_all_torch_devices", lambda exclude_current=False: devices)
-    monkeypatch.setattr(model, "cached_patcher_init", (tiny.tiny_model, ()))
-    put = call("nodes_multigpu", "MultiGPUCFGSplitNode", max_gpus=2)
-    expected, seen = sample(runtime.attach(model, link)), set()
-
-    def spy(executor, *args, **kwargs):
-        seen.add((str(args[5]["multigpu_thread_device"]), threading.get_ident(), bool(args[5]["flexip"])))
-        return executor(*args, **kwargs)
-
-    for split in (runtime.attach(put(model), link), put(runtime.attach(model, link))):
-        seen.clear()
-        split.add_wrapper_with_key("apply_model", "spy", spy)
-        assert tiny.relative_error(sample(split), expected) < TOLERANCE
-        assert len({thread for _, thread, _ in seen}) == 2
-        assert {(device, acts) for device, _, acts in seen} == {("cpu", True), ("cpu:0", True)}
-
-
-def test_threads_of_one_run_do_not_take_each_others_layouts_away(model, link, monkeypatch):
-    """Two GPUs ask for more layouts than are kept; a thread's own must still be there when it comes to return it."""
-    run = Run([LinkRun(link, 0, 100.0, 0.0)])
-    run.prepare([Entry(P[0][0], False)], torch.float32, lambda link_run: tiny.CPU)
-    calls = [Call((CallRow(0, item),), 8, 8, tiny.CPU, torch.float32) for item in range(3 * LAYOUTS)]
-    threads, each = 8, 40
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            jobs = [pool.submit(run.assemble, calls[n * 7 % len(calls)], None) for n in range(threads * each)]
-            assert all(job.result()[0].keys() == jobs[0].result()[0].keys() for job in jobs)
-    finally:
-        sys.setswitchinterval(interval)
-    assert run.links[0].counters.calls == threads * each
-
-
-def test_a_pack_that_copies_the_options_whole_while_sampling_still_has_the_same_run(model, link):
-    """Copying a run would copy K and V of every prompt, for every step; and its report would count nothing."""
-    expected, reports, runs = sample(runtime.attach(model, link)), [], set()
-
-    def copying(executor, x, timestep, options, seed):
-        options = copy.deepcopy(options)
-        runs.add(id(options["transformer_options"][runtime.RUN]))
-        return executor(x, timestep, options, seed)
-
-    gated = runtime.attach(model, link)
-    gated.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "copying", copying)
-    gated.model_options["transformer_options"][runtime.LISTENER] = reports.append
-    assert torch.equal(sample(gated), expected)
-    assert len(runs) == 1 and "1 of 1 model calls" in reports[0]
-
-
-def test_a_model_put_on_a_device_by_hand(model, link):
-    put, expected = call("nodes_multigpu", "SelectModelDeviceNode", device="cpu"), sample(runtime.attach(model, link))
-    assert torch.equal(sample(runtime.attach(put(model), link)), expected)
-    assert torch.equal(sample(put(runtime.attach(model, link))), expected)
 
 
 def test_every_core_node_that_touches_a_model_is_in_a_list():

@@ -174,7 +174,7 @@ NORMAL = [(folder, "") for folder in test_script.FOLDERS]
 
 
 def test_a_normal_run_ends_with_the_oldest_comfyui() -> None:
-    assert runs() == [*NORMAL, ("comfy", OLDEST), ("server", OLDEST)]
+    assert runs() == [*NORMAL, ("comfy", OLDEST)]
     assert runs("--only", "comfy") == [("comfy", ""), ("comfy", OLDEST)]
     assert runs("--only", "core") == [("core", "")]
     assert runs(owned=False) == NORMAL  # somebody's installation is all that is asked about

@@ -1,6 +1,6 @@
 """Tests beside the code of other packs, of which the tester has a checkout; nothing of it is in this repository.
 
-    python3 scripts/test.py --only comfy --neighbour DIR [--neighbour DIR ...] [-k packs]
+    python3 scripts/test.py --only comfy --neighbour DIR [--neighbour DIR ...] [-k test_packs]
 
 Without the option none of these tests exist. pytest reads this file early enough for an option because the folder's name begins with
 "test" and its parent is on the command line.
