@@ -49,6 +49,7 @@ def ended(folder):
     return background.status(folder)
 
 
+@pytest.mark.long  # tests/comfy/test_training_example.py does the same through the nodes
 def test_a_run_is_stopped_and_gone_on_with_to_the_same_weights(tmp_path):
     """One process is stopped by request, the next goes on; the adapters equal those of a run that nobody stopped."""
     whole = config(tmp_path / "whole", steps=40)
