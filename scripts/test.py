@@ -35,6 +35,8 @@ LONG_FILES = (
     "test_many_references.py",
     "test_space.py",
     "test_time.py",
+    "test_training_example.py",
+    "test_training_sd_vs_comfy.py",
 )
 NO_TESTS = 5  # pytest's exit code when nothing was selected
 COUNTS = ("tests", "failures", "errors", "skipped")
