@@ -159,7 +159,8 @@ def test_comfyui_still_moves_loads_and_cleans_up_what_sat_in_the_slots_before_us
     before = {name: everywhere(model, lambda name=name: Movable(calls[name])) for name in calls}
     tiny.ksample(before["bare"], P, N)
     tiny.ksample(runtime.attach(before["gated"], link), P, N)
-    assert {"to", "models", "cleanup"} == {name for name, *_ in calls["bare"]}
+    cleans = hasattr(comfy.model_patcher.ModelPatcher, "model_patches_call_function")  # not in 0.16
+    assert {"to", "models", *(["cleanup"] if cleans else [])} == {name for name, *_ in calls["bare"]}
     assert set(calls["gated"]) == set(calls["bare"])
 
 
