@@ -8,6 +8,7 @@ sentence that names the file and says what to do.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -21,7 +22,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -131,6 +132,14 @@ def _finite(tensor: torch.Tensor) -> bool:
         tensor = tensor.to(torch.bfloat16)
     low, high = tensor.aminmax()  # both NaN if one value is
     return bool(low.isfinite() and high.isfinite())
+
+
+def sha256(file: BinaryIO) -> str:
+    """Of all that is left in an open file, in hex."""
+    digest = hashlib.sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

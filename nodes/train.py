@@ -44,7 +44,6 @@ class FlexIPTrain(io.ComfyNode):
             search_aliases=["train", "training", "fine-tune", "finetune", "adapter training"],
             is_experimental=True,
             is_output_node=True,
-            not_idempotent=True,  # the same settings queued again go on with a run that was stopped
             inputs=[
                 io.String.Input(
                     "run",
@@ -216,7 +215,6 @@ class FlexIPTrainingStatus(io.ComfyNode):
             search_aliases=["training progress", "loss", "stop training", "training preview"],
             is_experimental=True,
             is_output_node=True,
-            not_idempotent=True,
             inputs=[
                 io.String.Input(
                     "run", default="my_adapters", tooltip="The run's name; wire it from Train FlexIP, or write it."

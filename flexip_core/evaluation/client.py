@@ -136,7 +136,7 @@ class ComfyClient:
         return any(item[1] == prompt_id for item in [*queue["queue_running"], *queue["queue_pending"]])
 
     def interrupt(self, prompt_id: str) -> None:
-        """Takes a prompt out of the queue, or stops it if it runs; others are left alone."""
+        """Takes a prompt out of the queue, or stops it if it runs. Should it end this very moment, ComfyUI may stop the next one."""
         self.post("/queue", {"delete": [prompt_id]})
         self.post("/interrupt", {"prompt_id": prompt_id})
 

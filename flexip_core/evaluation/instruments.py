@@ -10,7 +10,6 @@ ViT-S/14. (The latter is DreamBench++'s; larger DINOv2s are what adapters read, 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from .. import encoder_files, scorer_files
 from ..scores import image_scores
-from ..weights import Header, name_of, read_header
+from ..weights import Header, name_of, read_header, sha256
 from . import aesthetic, clip_iqa, metrics
 from .bench import Bench, Column, chunks, float32
 from .benchmark import Picture, Subject
@@ -315,7 +314,8 @@ def _describe(column: Column, chosen: Mapping[str, Any], hashes: dict[Path, str]
     for role in column.roles:
         file = chosen[role]
         if file.path not in hashes:
-            hashes[file.path] = _sha256(file.path)
+            with file.path.open("rb") as content:
+                hashes[file.path] = sha256(content)
         text = f"{file.title} ({file.name}, sha256 {hashes[file.path]})"
         if isinstance(file, scorer_files.ScorerFile):
             text += f" at {file.crop} px"
@@ -325,11 +325,3 @@ def _describe(column: Column, chosen: Mapping[str, Any], hashes: dict[Path, str]
             text += f". {file.remark[0].upper()}{file.remark[1:].rstrip('.')}"
         parts.append(text)
     return f"{column.meaning}; {' on '.join(parts)}"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()

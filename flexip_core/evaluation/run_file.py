@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..weights import write_atomically
+from ..weights import sha256, write_atomically
 from .benchmark import Benchmark
 from .recipe import SAMPLER_SETTINGS, SIZE_SETTINGS, Recipe, differences
 
@@ -186,11 +186,8 @@ def _hash_of_file(name: str, models: Path | None) -> str:
     found = sorted(path for path in models.glob(f"*/{_escaped(name)}") if path.is_file())
     if len(found) != 1:
         return UNKNOWN
-    digest = hashlib.sha256()
     with found[0].open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return sha256(file)
 
 
 def _escaped(name: str) -> str:

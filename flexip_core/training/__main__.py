@@ -33,9 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         return options.command(options) or 0
-    except (ValueError, RuntimeError, OSError) as error:  # a TrainingError is a RuntimeError
-        if not isinstance(error, (ValueError, TrainingError, OSError)) and type(error) is not RuntimeError:
-            raise
+    except (ValueError, TrainingError, OSError) as error:  # anything else is told with where it came from
         logging.error("%s", error)
         return 1
 

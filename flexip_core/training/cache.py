@@ -25,6 +25,7 @@ from .dataset import DataSet, View, phrases_of, scan
 from .entries import KEPT, Contents, Entries, Memo, Names, check_identity, kinds_of
 from .folders import DEFAULTS, MEMORY, Choice, Loader, check_size
 from .pictures import Cut, CutOptions, fixed_cuts, reference, target
+from .ranks import TrainingError
 
 CUTS = 4  # references of one picture and kind
 SUBSETS = 16  # of a caption's phrases, at most; longer captions with dropped phrases are encoded while training
@@ -167,7 +168,7 @@ def _check_disk(folder: Path, needed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed * _SPARE:
-        raise RuntimeError(
+        raise TrainingError(
             f"Cache: {needed / 2**20:.0f} MB are needed in {folder}, {free / 2**20:.0f} MB are free; make room, choose another "
             "folder, or leave out patches."
         )

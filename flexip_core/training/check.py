@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..weights import sha256
 from .data import KINDS, PairSource
-from .dataset import DataSet, Group, View, open_store, scan, sha256
+from .dataset import DataSet, Group, View, open_store, scan
 from .folders import mask_misfit
 from .pictures import decode_frame, decode_mask, decode_picture, reduced, subject_box, target
 

@@ -12,7 +12,6 @@ subject) is as large as its picture. A folder called 10_dog counts ten times, as
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -304,10 +303,3 @@ def safe_name(name: str) -> bool:
         and not {"..", "."} & set(name.split("/"))
         and not set(name) & set("\\:\0")
     )
-
-
-def sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()

@@ -19,9 +19,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from ..weights import read_header, write_atomically
+from ..weights import read_header, sha256, write_atomically
 from .data import INVARIANT, VARIANT
-from .dataset import DataSet, View, sha256
+from .dataset import DataSet, View
 from .folders import Choice, load
 from .pictures import Cut, has_alpha
 
