@@ -30,7 +30,6 @@ from graphs import Graph, Link
 from PIL import Image
 from server import CPU_ARGUMENTS, ComfyServer, PromptError, link_folder
 
-from flexip_core import mini
 from flexip_core.evaluation.client import ServerError
 
 CLIENTS = 8
@@ -44,7 +43,7 @@ Picture = list[tuple[tuple[int, int], bytes]]
 
 @pytest.fixture(scope="module", autouse=True)
 def other_adapters(models: Path) -> None:
-    mini.make_mini_flexip(models / "flexip" / graphs.OTHER_FLEXIP, seed=1)
+    graphs.make_files(models, full=False)
 
 
 def pictures(comfy: ComfyServer, outputs: dict) -> Picture:

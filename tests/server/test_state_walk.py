@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,24 +24,31 @@ import pytest
 import safetensors.torch
 from conftest import PACK, REPO
 from graphs import BARE, Graph, Link, Own, Reference, Result
+from hypothesis import HealthCheck, assume, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from PIL import Image
 from server import ComfyServer, PromptError, Run, link_folder
 
-from flexip_core import mini
-
-INTERRUPTED, MISTAKEN, RETURNED = 0.1, 0.05, 0.2  # shares of the edits
 TOGETHER = 2  # fresh servers at once
 
 
 @pytest.fixture(scope="module", autouse=True)
 def other_adapters(models: Path) -> None:
-    mini.make_mini_flexip(models / "flexip" / graphs.OTHER_FLEXIP, seed=1)
+    graphs.make_files(models, full=False)
 
 
 def digests(comfy: ComfyServer, run: Run) -> dict[str, str]:
     """By saving node, what identifies its latents or pictures to the last bit."""
     found = {}
-    for node in {graphs.SAVED, graphs.SAVED_ALSO, graphs.MAPS} & run.outputs.keys():
+    for node in {graphs.SAVED, graphs.SAVED_ALSO, graphs.MAPS, graphs.SCORES} & run.outputs.keys():
         output = run.outputs[node]
         files = [comfy.view(file) for file in [*output.get("latents", []), *output.get("images", [])]]
         if "latents" in output:
@@ -47,7 +56,8 @@ def digests(comfy: ComfyServer, run: Run) -> dict[str, str]:
         else:
             values = [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
         assert values and all(np.isfinite(value).all() for value in values), node
-        found[node] = " ".join(f"{value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}" for value in values)
+        parts = [f"{value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}" for value in values]
+        found[node] = " ".join([*parts, *output.get("text", [])])
     return found
 
 
@@ -58,6 +68,7 @@ class Walk:
         self.comfy = comfy
         self.known: dict[Result, str] = {}
         self.queued = 0
+        self.did: Counter[str] = Counter()
 
     def run(self, graph: Graph, on_message: Callable[[dict[str, Any]], None] | None = None) -> Run:
         self.queued += 1
@@ -67,7 +78,7 @@ class Walk:
         """It samples again, and every result is what it was before, whichever graph had it."""
         run = self.run(graph)
         executed = {message["data"].get("node") for message in run.messages if message["type"] == "executing"}
-        assert "sample" in executed
+        assert executed & {"sample", "sample also"}  # one for both if they are the same
         found, wanted = digests(self.comfy, run), graph.results()
         assert found.keys() == wanted.keys()
         for node, result in wanted.items():
@@ -114,34 +125,114 @@ def in_fresh_processes(
         return {key: value for part in pool.map(of_server, range(processes)) for key, value in part.items()}
 
 
+RANDOM = st.randoms(use_true_random=False)  # drawn by hypothesis, so that it can make a failure smaller
+
+
+class Page(RuleBasedStateMachine):
+    """What an artist does with a workflow. After each step it is queued, and gives what it gave before."""
+
+    def __init__(self, walk: Walk):
+        super().__init__()
+        self.walk, self.graph, self.seen = walk, Graph(), [Graph()]
+
+    @initialize(wanted=st.booleans())
+    def opens(self, wanted: bool) -> None:
+        """Not hypothesis' first example, which is the simplest everywhere: the same edit again and again."""
+        assume(wanted)
+
+    def turn_to(self, graph: Graph) -> None:
+        self.graph = graph
+        self.seen.append(graph)
+        self.walk.did["edit"] += 1
+
+    @rule(rng=RANDOM)
+    def edits_a_link(self, rng: random.Random) -> None:
+        self.turn_to(graphs.edit_link(self.graph, rng))
+
+    @rule(rng=RANDOM)
+    def edits_the_chain(self, rng: random.Random) -> None:
+        self.turn_to(graphs.edit_chain(self.graph, rng))
+
+    @rule(rng=RANDOM)
+    def edits_the_conditioning(self, rng: random.Random) -> None:
+        self.turn_to(graphs.edit_own(self.graph, rng))
+
+    @rule(rng=RANDOM)
+    def edits_the_rest(self, rng: random.Random) -> None:
+        self.turn_to(graphs.edit_rest(self.graph, rng))
+
+    @rule(rng=RANDOM)
+    def goes_back(self, rng: random.Random) -> None:
+        self.turn_to(rng.choice(self.seen))
+
+    @rule()
+    def interrupts(self) -> None:
+        self.walk.did["interrupt"] += self.walk.interrupt(self.graph, step=1)
+
+    @precondition(lambda self: self.graph.acting)
+    @rule(rng=RANDOM)
+    def makes_a_mistake(self, rng: random.Random) -> None:
+        self.walk.mistake(self.graph, rng)
+        self.walk.did["mistake"] += 1
+
+    @invariant()
+    def it_gives_what_it_gave(self) -> None:
+        self.walk.check(self.graph)
+
+
+class PageOfTwoBases(Page):
+    @rule()
+    def tries_it_with_the_other_base(self) -> None:
+        self.walk.check(replace(self.graph, base=graphs.SD15))
+        self.walk.did["other base"] += 1
+
+
 @pytest.mark.parametrize(
-    "edits, anew, processes", [(25, 6, 1), pytest.param(500, 44, 44, marks=pytest.mark.long)], ids=["short", "long"]
+    "edits, steps, anew, processes", [(25, 12, 6, 1), pytest.param(500, 80, 44, 44, marks=pytest.mark.long)]
 )
 def test_every_graph_of_a_walk_gives_what_a_fresh_process_gives(
-    comfyui_tree: Path, base: Path, comfy: ComfyServer, tmp_path: Path, edits: int, anew: int, processes: int
+    comfyui_tree: Path,
+    base: Path,
+    models: Path,
+    comfy: ComfyServer,
+    tmp_path: Path,
+    edits: int,
+    steps: int,
+    anew: int,
+    processes: int,
+    record_testsuite_property: Callable[[str, str], None],
 ) -> None:
-    rng = random.Random(9)
-    walk, graph, seen = Walk(comfy), Graph(), [Graph()]
+    walk, page = Walk(comfy), Page
+    if processes > 1:
+        graphs.make_files(models, full=True)
+        page = PageOfTwoBases
     walk.check(BARE)
-    walk.check(graph)
-    for _ in range(edits):
-        graph = rng.choice(seen) if rng.random() < RETURNED else graphs.edit(graph, rng)
-        seen.append(graph)
-        if rng.random() < INTERRUPTED:
-            walk.interrupt(graph, step=1)
-        if graph.acting and rng.random() < MISTAKEN:
-            walk.mistake(graph, rng)
-        walk.check(graph)
+    for number in itertools.count():
+        # Of one example each: hypothesis makes further ones from the first, which are like it.
+        run_state_machine_as_test(
+            seed(number)(lambda: page(walk)),
+            settings=settings(
+                max_examples=1,
+                stateful_step_count=steps,
+                database=None,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        if walk.did["edit"] >= edits:
+            break
     walk.check(BARE)
+    record_testsuite_property("walk", f"{dict(walk.did)}, {walk.queued} queued, {len(walk.known)} results")
+    assert walk.did["interrupt"] and walk.did["mistake"], walk.did
     assert len(set(walk.known.values())) > 0.4 * len(walk.known) > 0.2 * edits  # most edits show
 
-    sampled = rng.sample(sorted(walk.known, key=str), anew)
+    sampled = random.Random(9).sample(sorted(walk.known, key=str), anew)
     fresh = in_fresh_processes(comfyui_tree, base, tmp_path, sampled, processes)
     assert [result for result in sampled if fresh[result] != walk.known[result]] == []
     assert len({fresh[result] for result in sampled}) > 0.4 * anew
 
 
-CHAIN = Graph(links=(Link(0.2), Link(0.9, adapters=graphs.OTHER_FLEXIP, reference=Reference("inverted"))))
+CHAIN = Graph(links=(Link(0.2), Link(0.9, adapters=1, reference=Reference("inverted"))))
 
 
 @pytest.mark.parametrize(
