@@ -86,7 +86,7 @@ class ScorerFile:
         if read_by_adapters:
             text = (
                 f"NOT comparable with published {score}: the adapters read this encoder themselves, "
-                "so it rewards what they copied from it."
+                "so its scores favour them."
             )
         elif self.standard:
             text = f"Comparable with published {score} that used {standard} on the same pictures and prompts."

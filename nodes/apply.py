@@ -140,15 +140,15 @@ class ApplyFlexIPGate(io.ComfyNode):
 def check_base(model: Any, adapters: LoadedAdapters) -> None:
     """Every cross-attention of the model must be one of the adapters' blocks, with the same widths, and the other way round."""
     widths, text_width = unet.block_widths(model.model.diffusion_model)
-    name = type(model.model).__name__
+    name = type(model.model.model_config).__name__  # such as SD15, SDXL
     if not widths:
         raise ValueError(
-            f"{NODE}: the model ({name}) is not a UNet with text cross-attentions. FlexIP works with SD1.5 and SDXL checkpoints; load one of those."
+            f"{NODE}: the model ({type(model.model).__name__}) is not a UNet with text cross-attentions. FlexIP works with SD1.5 and SDXL checkpoints; load one of those."
         )
     wanted = adapters.network.block_widths
     if widths == wanted and text_width == adapters.network.text_width:
         return
-    text = f"{adapters.title} was made for {adapters.network.base} ({len(wanted)} cross-attention blocks, text {adapters.network.text_width} wide), but the model ({name}) "
+    text = f"{adapters.title} was made for {adapters.network.base} ({len(wanted)} cross-attention blocks, text {adapters.network.text_width} wide), but the checkpoint ({name}) "
     if widths.keys() == wanted.keys() and text_width == adapters.network.text_width:
         block = next(address for address in wanted if widths[address] != wanted[address])
         text += f"is {widths[block]} wide in block {block}, not {wanted[block]}."
@@ -161,8 +161,8 @@ def check_reference(adapters: LoadedAdapters, reference: Reference | ReferenceSe
     wanted = adapters.network.needs()
     if reference.needs != wanted:
         raise ValueError(
-            f"{NODE}: {adapters.title} reads {_in_words(wanted)}, but the reference was encoded for other adapters: {_in_words(reference.needs)}. "
-            "Wire the same adapters into Encode Reference."
+            f"{NODE}: the reference was encoded for other adapters. Wire {adapters.title} into Encode Reference, too. "
+            f"Needed: {_in_words(wanted)}; given: {_in_words(reference.needs)}."
         )
 
 

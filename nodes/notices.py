@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..flexip_core.link import Link
 
 WARNING = "WARNING: "
 
 
-def publish(report: str, links: tuple[Link, ...], listener: Callable[[str], None] | None) -> None:
-    """To the log, to FlexIPSampler, and to the last Apply node of the chain; warnings stand out there."""
+def publish(paragraphs: Sequence[str], links: Sequence[Link], listener: Callable[[str], None] | None) -> None:
+    """All paragraphs to the log and to FlexIPSampler, and each to the Apply node of its link; warnings stand out there."""
+    report = "\n\n".join(paragraphs)
     logging.log(logging.WARNING if WARNING in report else logging.INFO, "FlexIP\n%s", report)
     if listener is not None:
         listener(report)
-    send(report, links[-1].node_id)
+    for link, paragraph in zip(links, paragraphs):
+        send(paragraph, link.node_id)
 
 
 def warn(text: str, node_id: str | None) -> None:
@@ -34,8 +36,6 @@ def send(text: str, node_id: str | None) -> None:
     if client is None:  # nobody waits; and without a client the server tells everybody, whatever their page shows
         return
     server.send_progress_text(text, node_id, client)
-    warnings = [
-        part.removeprefix(WARNING) for part in text.replace("\n\n", ".\n").split(".\n") if part.startswith(WARNING)
-    ]
+    warnings = [part.removeprefix(WARNING) for part in text.split(".\n") if part.startswith(WARNING)]
     # sent without warnings, too: they take the last run's away
     server.send_sync("flexip.warnings", {"node": node_id, "warnings": warnings}, client)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
@@ -57,6 +58,10 @@ class FlexIPSaveReference(io.ComfyNode):
             with named(SAVE):
                 save_reference(reference, path)
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise ValueError(
+                    f"{SAVE}: filename_prefix is too long for a file's name. Use a shorter one, like flexip/reference."
+                ) from None
             raise RuntimeError(
                 f"{SAVE}: the reference could not be written to ComfyUI's output folder ({error.strerror or error}). Check its space and permissions."
             ) from None
@@ -150,6 +155,10 @@ def _new_file(prefix: str) -> tuple[str, str, str]:
     if not is_within_directory(output, folder):
         raise ValueError(
             f"{SAVE}: filename_prefix {files.shown(prefix)} leads out of ComfyUI's output folder. Use a name or a sub-folder, like flexip/reference."
+        )
+    if not os.path.basename(prefix).strip(". "):
+        raise ValueError(
+            f"{SAVE}: filename_prefix {files.shown(prefix)} ends without a name for the file. Use a name like flexip/reference."
         )
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
     return folder, subfolder, f"{name}_{counter:05}_{SUFFIX}"

@@ -8,25 +8,26 @@ from typing import Any
 
 import torch
 
-from ..flexip_core.link import Link
+from ..flexip_core.link import Link, Own
 from ..flexip_core.reference import as_set
 from ..flexip_core.run import LinkRun, Run
 from . import runtime
+from .notices import WARNING
 
 MOST_NUMBERS = 12  # of a schedule or a batch, written out
 
 
-def text(run: Run, links: tuple[Link, ...], guider: Any, sigmas: torch.Tensor, seconds: float) -> str:
-    """One paragraph per link that took part, warnings last."""
+SILENT = "strength 0: FlexIP does nothing"
+
+
+def paragraphs(run: Run, links: tuple[Link, ...], guider: Any, sigmas: torch.Tensor, seconds: float) -> list[str]:
+    """One per link, warnings first: a small node shows no more than the first lines."""
     live = {link_run.position: link_run for link_run in run.links}
     steps = sigmas[:-1].tolist()
-    paragraphs = [
-        _link(live[position], guider, steps, seconds)
-        if position in live
-        else f"{link.title}: strength 0, does nothing."
+    return [
+        _link(live[position], guider, steps, seconds) if position in live else f"{SILENT}.\nadapters: {link.title}"
         for position, link in enumerate(links)
     ]
-    return "\n\n".join(paragraphs)
 
 
 def _link(run: LinkRun, guider: Any, steps: list[float], seconds: float) -> str:
@@ -42,7 +43,8 @@ def _link(run: LinkRun, guider: Any, steps: list[float], seconds: float) -> str:
         run.gates_at(steps[0] if steps else 0.0)
     )
     references = as_set(link.reference)
-    lines = [
+    lines = [f"{WARNING}{text}" for text in _warnings(run, blocks, lost, guider)]
+    lines += [
         f"gate {_numbers(gates)}, strength {_numbers(link.strengths or (link.strength,))}: {len(blocks) - len(lost)} of {len(link.network.block_widths)} blocks patched, {len(active)} of {len(steps)} steps, {seconds:.1f} s",
         f"adapters: {link.title} (gate mode {link.network.gate_mode})",
         f"encoders: {references.encoders}",
@@ -51,7 +53,6 @@ def _link(run: LinkRun, guider: Any, steps: list[float], seconds: float) -> str:
         f"K/V: {counters.projected} projected, {counters.from_cache} reused",
     ]
     lines += [f"note: {text}" for text in _notes(run)]
-    lines += [f"WARNING: {text}" for text in _warnings(run, blocks, lost, guider)]
     return ".\n".join(lines)  # full stops, because the page's new nodes show line breaks as spaces
 
 
@@ -60,9 +61,9 @@ def _acts(link: Link, address: str) -> bool:
 
 
 def _notes(run: LinkRun) -> Iterator[str]:
-    own = sum(run.position in entry.own for entry in run.entries)
+    own = [entry.own[run.position] for entry in run.entries if run.position in entry.own]
     if own:
-        yield f"{own} prompt(s) brought their own reference or gate"
+        yield f"{len(own)} prompt(s) brought their own reference or gate ({'; '.join(map(_gates_of, own))})"
     if run.counters.untagged:
         yield f"{run.counters.untagged} model calls came with a conditioning of another node's own; they got the null reference"
 
@@ -76,13 +77,18 @@ def _warnings(run: LinkRun, blocks: list[str], lost: list[str], guider: Any) -> 
     if run.counters.tiles:
         yield f"{run.counters.tiles} model calls showed a tile without saying which, so the mask was laid over each tile; use a mask only without that tiling"
     if run.has_masks and not run.mask_is_somewhere():
-        yield "the mask is black everywhere, so FlexIP changed nothing; paint white where the reference is to act"
+        yield "the mask is black everywhere, so this gate changed nothing; paint white where the reference is to act"
     if not run.counters.active:
-        yield "FlexIP changed nothing in this run; check start_percent and end_percent"
+        yield "this gate changed nothing in this run; check start_percent and end_percent"
     elif not blocks:
-        yield "FlexIP changed nothing in this run, because every block has strength 0; check the blocks"
+        yield "this gate changed nothing in this run, because every block has strength 0; check the blocks"
+
+
+def _gates_of(own: Own) -> str:
+    gates = own.gates
+    return f"gate {_numbers(gates)}" if isinstance(gates, tuple) else "gate by a schedule"
 
 
 def _numbers(values: Iterable[float]) -> str:
-    numbers = list(dict.fromkeys(f"{value:.3g}" for value in values))
+    numbers = list(dict.fromkeys(f"{round(value, 3):g}" for value in values))
     return ", ".join(numbers if len(numbers) <= MOST_NUMBERS else [*numbers[: MOST_NUMBERS - 1], "...", numbers[-1]])

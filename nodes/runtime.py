@@ -92,7 +92,7 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
     if all(link.silent for link in links):
         result = executor(*args, **kwargs)
-        notices.publish("strength 0: FlexIP does nothing.", links, options.get(LISTENER))
+        notices.publish([f"{report.SILENT}."] * len(links), links, options.get(LISTENER))
         return result
     started = time.perf_counter()
     run = _start(guider, links, latent=args[0], copies=options.get(COPIES, 1))
@@ -101,8 +101,8 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         result = executor(*args, **kwargs)
     finally:
         options.pop(RUN, None)
-    text = report.text(run, links, guider, sigmas=args[3], seconds=time.perf_counter() - started)
-    notices.publish(text, links, options.get(LISTENER))
+    paragraphs = report.paragraphs(run, links, guider, sigmas=args[3], seconds=time.perf_counter() - started)
+    notices.publish(paragraphs, links, options.get(LISTENER))
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,17 @@ from ..flexip_core.schedule import (
     parse_numbers,
     preset_curve,
 )
+from . import notices
 from .checks import check_numbers
 from .compat import KEEP_PREVIEW, CurveInput
 from .types import CATEGORY, FlexIPGate
 
 SCHEDULE = "FlexIPGateSchedule"
 BATCH = "FlexIPGateBatch"
+WIRED = "wired"
 DRAWN = "curve"  # the last preset: what is drawn in, or wired into, the curve input
 HAS_CURVES = CurveInput is not None
+STRAIGHT = [(0.0, 0.9), (1.0, 0.3)]  # what the editor shows at first
 
 
 class FlexIPGateSchedule(io.ComfyNode):
@@ -41,7 +43,7 @@ class FlexIPGateSchedule(io.ComfyNode):
                     "curve",
                     socketless=False,
                     optional=True,
-                    default=[(0.0, 0.9), (1.0, 0.3)],
+                    default=STRAIGHT,
                     tooltip="The gate over the sampling: left is its beginning, right its end, up is 1. Draw it here or wire a Curve Editor. It counts only when preset is 'curve'.",
                 )
             )
@@ -79,7 +81,7 @@ class FlexIPGateSchedule(io.ComfyNode):
                 ),
             ],
             outputs=[FlexIPGate.Output("gate", display_name="gate", tooltip="For gate_schedule of Apply FlexIP Gate.")],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -95,11 +97,13 @@ class FlexIPGateSchedule(io.ComfyNode):
         check_numbers(SCHEDULE, 0, 1, start=start, end=end)
         gate = drawn_curve(curve) if preset == DRAWN else preset_curve(preset, start, end)
         title = gate.name
-        if preset != DRAWN and _is_wired(curve):
-            logging.warning(
-                "%s: a curve is wired in, but preset is '%s'. Set preset to 'curve' to use it.", SCHEDULE, preset
+        if preset != DRAWN and (made := _made(curve)):
+            # who drew one may have turned to a preset since; a wire is there to be used
+            (notices.warn if made == WIRED else notices.send)(
+                f"the {made} curve is not used, because preset is '{preset}'; set preset to 'curve' to use it",
+                cls.hidden.unique_id if cls.hidden else None,
             )
-            title += " (the wired curve is not used)"
+            title += f" (the {made} curve is not used)"
         return io.NodeOutput(gate, ui=ui.PreviewImage(preview(gate, title, model, sigmas), cls=cls))
 
 
@@ -125,8 +129,12 @@ def drawn_curve(curve: Any) -> GateCurve:
     return GateCurve(tuple(zip(percents.tolist(), gates.clip(0.0, 1.0).tolist())), DRAWN)
 
 
-def _is_wired(curve: Any) -> bool:
-    return curve is not None and not isinstance(curve, (dict, list, tuple))
+def _made(curve: Any) -> str:
+    """How somebody made it; empty for none, or as the editor shows it at first."""
+    if not isinstance(curve, (dict, list, tuple)):
+        return "" if curve is None else WIRED
+    points = curve.get("points") if isinstance(curve, dict) else curve
+    return "" if points and [tuple(point) for point in points] == STRAIGHT else "drawn"
 
 
 def preview(gate: GateCurve, title: str, model: Any, sigmas: torch.Tensor | None) -> torch.Tensor:

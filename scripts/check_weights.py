@@ -89,7 +89,7 @@ def _check(path: Path, row: Row, wanted: list[Encoder]) -> None:
         row.what = encoder_files.describe(encoder)
         _check_encoder(path, row, header, wanted)
     else:
-        row.what = f"something else ({len(header.shapes)} tensors)"
+        row.what = "nothing of FlexIP's, such as a checkpoint or a LoRA; not checked"
 
 
 def _check_adapter(path: Path, row: Row, adapter: ip_adapter.IPAdapterFile) -> None:

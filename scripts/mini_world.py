@@ -50,8 +50,11 @@ def main() -> int:
     options = parse()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    options.folder.mkdir(parents=True, exist_ok=True)
     try:
+        if options.stage in OF_ONE_RUN.values() and not (options.folder / files.BASE).is_file():
+            raise ValueError(
+                f"There is no base in {options.folder} yet. Make it first: python scripts/mini_world.py base."
+            )
         return options.stage(options)
     except ValueError as error:
         logging.error("%s", error)
@@ -73,7 +76,9 @@ def parse() -> Run:
         one.add_argument("--seed", type=int, default=1)
         one.add_argument("--steps", type=int, default=runs.ADAPTER_STEPS)
         one.set_defaults(stage=stage)
-    one = stages.add_parser("table", help="of everything evaluated so far")
+    one = stages.add_parser(
+        "table", help="of all that is evaluated; --folder benchmarks/mini_world: of the repository's results"
+    )
     one.add_argument("--seeds", type=int, nargs="+", help="only these")
     one.set_defaults(stage=print_table)
     return parser.parse_args()
@@ -81,6 +86,7 @@ def parse() -> Run:
 
 def make_base(options: Run) -> int:
     folder = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / files.JUDGE).exists():
         with timed("Judge"):
             judge_model = judge.train(JUDGE_SEED)
@@ -172,7 +178,13 @@ def contact_sheet(sweep: Sweep, setup: Setup) -> Image.Image:
 
 
 def print_table(options: Run) -> int:
-    base, results = table.read_results(options.folder / "results", options.seeds)
+    folder = options.folder / "results"
+    folder = folder if folder.is_dir() else options.folder  # so are those in benchmarks/mini_world
+    base, results = table.read_results(folder, options.seeds)
+    if not results:
+        raise ValueError(
+            f"{folder} holds no results of such runs. Evaluate some first, or see those in the repository: --folder benchmarks/mini_world."
+        )
     print(table.markdown(base, results))
     print(f"\n{table.cures_markdown(table.read_results(options.folder / 'cures', options.seeds)[1])}")
     return 0

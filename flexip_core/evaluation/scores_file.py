@@ -74,8 +74,11 @@ def read(path: Path) -> Scores:
             raise ValueError(f"{path} has the format {data['format']}, this version reads {FORMAT}; score again.")
         rows = tuple(Row(**row) for row in data["rows"])
         parts = {name: data[name] for name in ("method", "header", "columns", "missing")}
+    except FileNotFoundError:
+        raise ValueError(f"There is no file {path}; make one with the command score.") from None
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no file of scores ({error}); make one with the command score.") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no file of scores ({reason}); make one with the command score.") from None
     features = _features_file(path)
     tensors = read_tensors(features)[FEATURES] if features.is_file() else None
     if tensors is not None and len(tensors) != len(rows):

@@ -223,7 +223,7 @@ def test_the_report_counts_prompts_that_brought_something(model, network):
     gated = runtime.attach(model, spec(network).link())
     gated.model_options["transformer_options"][runtime.LISTENER] = reports.append
     tiny.ksample(gated, own(P) + own(M), N, steps=1)
-    assert "note: 2 prompt(s) brought their own reference or gate" in reports[0]
+    assert "note: 2 prompt(s) brought their own reference or gate (gate 0.2; gate 0.2)" in reports[0]
 
 
 def test_another_gate_of_a_prompt_projects_nothing_again(model, network):

@@ -156,7 +156,7 @@ def test_the_report_counts_the_blocks_that_act(model, network, preset, count):
 
 def test_the_report_says_that_nothing_acts_where_every_block_is_off(model, network):
     report = report_of(applied(model, network, blocks=blocks("list", "list", "all=0", "all=0")))
-    assert "0 of 9 blocks patched" in report and "WARNING: FlexIP changed nothing in this run" in report
+    assert "0 of 9 blocks patched" in report and "WARNING: this gate changed nothing in this run" in report
 
 
 def test_a_wrong_address_is_a_sentence_when_it_meets_the_model(model, network):

@@ -127,6 +127,17 @@ def test_no_prefix_saves_outside_the_output_folder(world, prefix):
     assert not list((world / "private").iterdir()) and not list((world / "output").rglob("*"))
 
 
+@pytest.mark.parametrize(
+    "prefix, says",
+    [("", "ends without a name"), ("heroes/", "ends without a name"), ("heroes/.", "ends without a name")]
+    + [("a" * 300, "too long"), ("a" * 300 + "/b", "too long")],
+)
+def test_a_prefix_that_makes_no_name_is_refused(world, prefix, says):
+    with pytest.raises(ValueError, match=f"filename_prefix .*{says}"):
+        save(reference(), prefix)
+    assert not [path for path in (world / "output").rglob("*") if path.is_file()]
+
+
 def test_a_link_in_the_output_folder_does_not_lead_out(world):
     (world / "output" / "door").symlink_to(world / "private")
     with pytest.raises(ValueError, match="filename_prefix"):

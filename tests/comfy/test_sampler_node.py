@@ -156,7 +156,7 @@ def test_report_says_what_ran(gated):
 def test_report_warns_when_nothing_was_active(model, gated):
     link = runtime.links_of(gated)[0]
     asleep = runtime.attach(model, tiny.link_for(link.network, link.reference, start_percent=0.998, end_percent=0.999))
-    assert "WARNING: FlexIP changed nothing in this run" in run(asleep)[2]
+    assert "WARNING: this gate changed nothing in this run" in run(asleep)[2]
     off = runtime.attach(model, tiny.link_for(link.network, link.reference, strength=0.0))
     assert run(off)[2] == "strength 0: FlexIP does nothing."
     with pytest.raises(ValueError, match="FlexIPSampler: .*strength 0"):

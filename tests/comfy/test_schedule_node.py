@@ -15,7 +15,7 @@ import torch
 from comfy import model_sampling
 from comfy_extras.nodes_custom_sampler import BasicScheduler
 from flexip_pack.flexip_core.schedule import GRID, PRESETS, GateBatch, GateCurve, PercentOfSigma, preset_curve
-from flexip_pack.nodes import schedule
+from flexip_pack.nodes import notices, schedule
 from flexip_pack.nodes.compat import CurveInput
 from flexip_pack.nodes.schedule import FlexIPGateBatch, FlexIPGateSchedule, preview, step_gates
 from hypothesis import given
@@ -128,14 +128,20 @@ def test_a_curve_with_two_values_at_one_place_is_a_step():
 
 
 @needs_curves
-def test_with_another_preset_a_curve_changes_nothing_and_a_wired_one_is_mentioned(caplog, temp):
-    expected = preset_curve("linear", 0.9, 0.3)
+def test_with_another_preset_a_curve_that_somebody_made_changes_nothing_and_is_mentioned(caplog, temp, monkeypatch):
+    told, expected = [], preset_curve("linear", 0.9, 0.3)
+    monkeypatch.setattr(notices, "send", lambda text, node_id: told.append(text))
     with caplog.at_level(logging.WARNING):
+        assert gate_of("linear", 0.9, 0.3, drawn([(0, 0.9), (1, 0.3)])) == expected
+        assert told == []
         assert gate_of("linear", 0.9, 0.3, drawn([(0, 0), (1, 1)])) == expected
         assert not caplog.records
         assert gate_of("linear", 0.9, 0.3, LinearCurve([(0, 0), (1, 1)])) == expected
-    assert "Set preset to 'curve'" in caplog.text
-    assert not np.array_equal(*pictures(temp))  # its plot says so
+    assert "the wired curve is not used" in caplog.text
+    assert [text.startswith(notices.WARNING) for text in told] == [False, True]
+    assert "the drawn curve is not used, because preset is 'linear'; set preset to 'curve'" in told[0]
+    first, second, third = pictures(temp)
+    assert not np.array_equal(first, second) and not np.array_equal(second, third)  # their plots say so
 
 
 @pytest.mark.parametrize("curve", [None, drawn([]), {}, {"points": [[0]]}, {"points": [[0, "x"]]}, "curve", 7])

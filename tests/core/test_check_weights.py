@@ -71,7 +71,10 @@ def test_every_kind_of_file_gets_its_line(tmp_path, sd15_tensors, capsys):
     assert rows["native.safetensors"].wants.count("wide") == 2
     assert rows[mini.MINI_CLIP_FILE].what.startswith("CLIP ") and rows[mini.MINI_CLIP_FILE].loads == "yes"
     assert rows[mini.MINI_DINO_FILE].what.startswith("DINOv2 ") and rows[mini.MINI_DINO_FILE].loads == "yes"
-    assert (rows["lora.safetensors"].what, rows["lora.safetensors"].loads) == ("something else (1 tensors)", "-")
+    assert (rows["lora.safetensors"].what, rows["lora.safetensors"].loads) == (
+        "nothing of FlexIP's, such as a checkpoint or a LoRA; not checked",
+        "-",
+    )
     assert "FaceID" in rows["face.safetensors"].what and rows["face.safetensors"].loads == "-"
     assert check_weights.main([str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -129,7 +132,7 @@ def test_it_runs_as_a_script_from_anywhere(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 0 and re.search(r"x\.safetensors .* something else \(1 tensors\)", result.stdout), (
+    assert result.returncode == 0 and re.search(r"x\.safetensors .* nothing of FlexIP's, such as", result.stdout), (
         result.stderr
     )
     missing = subprocess.run(

@@ -139,3 +139,14 @@ def test_the_small_world_is_scored_out_of_the_box(tmp_path):
     assert main(["plot", *files, "--to", str(tmp_path)]) == 0
     assert "lambda-Eclipse" not in (tmp_path / "front.svg").read_text()
     assert "scale 0 to 1" in (tmp_path / "gate_measures.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "text, says", [(None, "There is no file"), ('{"gates": []}', "it has no 'format'"), ("[1]", "no file of scores")]
+)
+def test_what_is_no_file_of_scores_is_told_in_a_sentence(caplog, tmp_path, text, says):
+    path = tmp_path / "scores.json"
+    if text is not None:
+        path.write_text(text)
+    assert main(["compare", str(path), "--to", str(tmp_path / "tables")]) == 1
+    assert says in caplog.text and "scores.json" in caplog.text and "Errno" not in caplog.text

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from flexip_core.mini_world import causes, cures, encoders, files, gates, judge,
 from flexip_core.mini_world.base import BaseRun
 from flexip_core.mini_world.sampling import ddim, draw, noise_for
 from flexip_core.training.loop import make_network
+
+REPO = Path(__file__).resolve().parents[2]
 
 BASE = {"shape": 1.0, "ground": 1.0, "corner": 0.96, "identity": 0.05}
 LINE = [i / 10 for i in range(11)]
@@ -98,6 +103,30 @@ def untrained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(untrained):
     return task.load_world(untrained), task.load_instruments(untrained)
+
+
+def script(*arguments):
+    return subprocess.run(
+        [sys.executable, REPO / "scripts" / "mini_world.py", *arguments], capture_output=True, text=True
+    )
+
+
+def test_the_table_is_made_of_the_repositorys_own_results():
+    done = script("--folder", REPO / "benchmarks" / "mini_world", "table", "--seeds", "2", "3", "4")
+    assert done.returncode == 0, done.stderr
+    for row in (
+        "outputs-jitter (3) | identity |",
+        "ip (3) | corner_text |",
+        "outputs-jitter-swapped (3) | corner_copied |",
+    ):
+        assert row in done.stdout
+
+
+def test_a_stage_that_lacks_what_it_needs_says_so_and_makes_no_folder(tmp_path):
+    for stage, says in ((("evaluate", "ip"), "Make it first"), (("table",), "holds no results")):
+        done = script("--folder", tmp_path / "none", *stage)
+        assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("name", ["outputs", "tokens", "outputs-jitter", "tokens-jitter-swapped", "outputs-swapped"])

@@ -15,7 +15,7 @@ from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt
 
 APPLY = "ApplyFlexIPGate"
 LABEL = "⚠ FlexIP"
-NOTHING = "FlexIP changed nothing in this run"
+NOTHING = "this gate changed nothing in this run"
 BETWEEN_STEPS = {"start_percent": 0.9, "end_percent": 0.95}  # of three steps, two are before it and one is behind
 seeds = itertools.count(101)  # a run that was made before computes nothing, and warns of nothing
 IN_VUE = "LiteGraph.vueNodesMode"
@@ -128,6 +128,25 @@ def test_every_run_sends_its_warnings_even_when_there_are_none(comfy: ComfyServe
     set_inputs(prompt, APPLY, **BETWEEN_STEPS)
     [message] = messages(comfy.run(prompt))
     assert message["node"] == apply and len(message["warnings"]) == 1 and message["warnings"][0].startswith(NOTHING)
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_in_a_chain_each_node_is_told_what_it_did_itself(comfy: ComfyServer, prompt: dict, wrong: int) -> None:
+    [first], [sampler] = nodes_of(prompt, APPLY), nodes_of(prompt, "KSampler")
+    prompt["black"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 64, "height": 64}}
+    prompt["second"] = {"class_type": APPLY, "inputs": {**prompt[first]["inputs"], "model": [first, 0]}}
+    prompt["off"] = {
+        "class_type": APPLY,
+        "inputs": {**prompt["second"]["inputs"], "model": ["second", 0], "strength": 0.0},
+    }
+    prompt[(first, "second")[wrong]]["inputs"]["mask"] = ["black", 0]
+    prompt[sampler]["inputs"]["model"] = ["off", 0]
+    result = comfy.run(prompt)
+    found = {message["node"]: message["warnings"] for message in messages(result)}
+    assert found.keys() == {first, "second", "off"}
+    [warning] = found.pop((first, "second")[wrong])
+    assert "mask is black everywhere, so this gate changed nothing" in warning
+    assert list(found.values()) == [[], []]
 
 
 def test_a_prompt_with_a_reference_says_when_the_model_has_no_gate(comfy: ComfyServer, prompt: dict) -> None:
