@@ -80,6 +80,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", metavar="TREE", type=Path, required=True, help="the folder of ComfyUI's main.py")
     parser.add_argument("--folder", metavar="DIR", type=Path, required=True, help="where everything is written")
+    parser.add_argument("--keep", action="store_true", help="leave ComfyUI open until Ctrl+C, and say where")
     options = parser.parse_args()
     start = time.monotonic()
     server = ComfyServer(options.comfyui, options.folder / "comfyui", packs={"flexip": REPO})
@@ -90,18 +91,29 @@ def main() -> int:
         print(f"Running {WORKFLOW.name} on {server.url}")
         for subject in SUBJECTS:
             rows += sweep(server, subject)
+        finish(rows, options.folder / f"{WORKFLOW.stem}.png", time.monotonic() - start)
+        if options.keep:
+            print(
+                f"ComfyUI is open at {server.url} until Ctrl+C. Its templates have {WORKFLOW.stem} under flexip.",
+                flush=True,
+            )
+            server.process.wait()
+    except KeyboardInterrupt:
+        return 0 if options.keep and rows else 130
     except (PromptError, RuntimeError, TimeoutError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     finally:
         server.stop()
-    target = options.folder / f"{WORKFLOW.stem}.png"
+    return 0
+
+
+def finish(rows: list[Image.Image], target: Path, seconds: float) -> None:
     stacked(rows).save(target)
     print(
-        f"The contact sheet is in {target} ({time.monotonic() - start:.1f} s).\n"
+        f"The contact sheet is in {target} ({seconds:.1f} s).\n"
         "At gate 1 the reference decides what the prompt leaves open, at gate 0 it does not; what the prompt names, it decides."
     )
-    return 0
 
 
 if __name__ == "__main__":
