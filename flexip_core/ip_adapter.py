@@ -253,17 +253,24 @@ class SingleAdapter(nn.Module):
         with torch.device("meta"):
             self.image_proj = _image_projection(file, proj, operations)
             self.kv = nn.ModuleList(KVProjection(file.text_width, width, operations) for width in file.blocks.values())
-        _fill(self.image_proj, _renamed(file.family, proj))
-        for kv, (to_k, to_v) in zip(self.kv, _projections({key: tuple(value.shape) for key, value in tensors.items()})):
-            _fill(kv, {"to_k.weight": tensors[to_k], "to_v.weight": tensors[to_v]})
+            # the shapes of torch's own layers: those of ComfyUI may have no weights before they are loaded
+            plain, plain_kv = (
+                _image_projection(file, proj, nn),
+                [KVProjection(file.text_width, w) for w in file.blocks.values()],
+            )
+        _fill(self.image_proj, plain, _renamed(file.family, proj))
+        keys = _projections({key: tuple(value.shape) for key, value in tensors.items()})
+        for kv, plain, (to_k, to_v) in zip(self.kv, plain_kv, keys):
+            _fill(kv, plain, {"to_k.weight": tensors[to_k], "to_v.weight": tensors[to_v]})
 
 
 class _Misfit(ValueError):
     """Tensors that do not fit together, in words."""
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    wanted = {key: list(value.shape) for key, value in module.state_dict().items()}
+def _fill(module: nn.Module, plain: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """`plain`: the same module of torch's own layers."""
+    wanted = {key: list(value.shape) for key, value in plain.state_dict().items()}
     for key in (*wanted, *tensors):
         if key not in tensors:
             raise KeyError(key)
