@@ -1,4 +1,4 @@
-"""What is wrong with training data, before a run finds out: sentences, counts, and a sheet of pairs to look at."""
+"""What is wrong with training data, before a run finds out: sentences and counts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ..weights import sha256
-from .data import KINDS, PairSource
 from .dataset import DataSet, Group, View, open_store, scan
 from .folders import mask_misfit
 from .pictures import decode_frame, decode_mask, decode_picture, reduced, subject_box, target
@@ -363,42 +362,3 @@ def _some(names: list[str]) -> str:
 
 def _pair(pairs: list[tuple[str, str]]) -> str:
     return " and ".join(name.rpartition("/")[2] for name in pairs[0])
-
-
-def contact_sheet_of_pairs(source: PairSource, n: int, seed: int) -> Image.Image:
-    """`n` pairs as training would draw them, kinds in turn: the reference, beside it the target, below them kind and caption."""
-    views = source.views()
-    kinds = torch.tensor([i % 2 if views and source.pictures() else int(bool(views)) for i in range(n)])
-    batch = source.batch(kinds, torch.Generator().manual_seed(seed))
-    if not isinstance(batch.references, torch.Tensor) or batch.references.dim() != 4 or batch.targets.shape[1] != 3:
-        raise ValueError("A sheet of pairs needs pictures, this source gives features; use the source without a cache.")
-    side, margin, columns = 192, 6, max(1, min(3, n))
-    font = ImageFont.load_default(size=13)
-    cell_width, cell_height = 2 * side + 3 * margin, side + 3 * 16 + 2 * margin
-    rows = -(-n // columns)
-    sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), (255, 255, 255))
-    draw = ImageDraw.Draw(sheet)
-    for i in range(n):
-        x, y = i % columns * cell_width + margin, i // columns * cell_height + margin
-        for j, pixels in enumerate((batch.references[i], batch.targets[i])):
-            array = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-            sheet.paste(Image.fromarray(array).resize((side, side)), (x + j * (side + margin), y))
-        caption = batch.captions[i]
-        words = ", ".join(caption) if isinstance(caption, tuple) else str(caption.tolist())
-        lines = _wrap(f"{KINDS[int(kinds[i])]}: {words or '(no caption)'}", font, 2 * side, 3)
-        draw.multiline_text((x, y + side + 2), "\n".join(lines), fill=(20, 20, 20), font=font, spacing=2)
-    return sheet
-
-
-def _wrap(text: str, font: Any, width: int, most: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            if len(lines) == most:
-                lines[-1] += " ..."
-                break
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines

@@ -149,11 +149,11 @@ class FolderPairs:
     def batch(self, kinds: torch.Tensor, generator: torch.Generator, rows: slice = ALL) -> Batch:
         draws = torch.rand(len(kinds), 3 + CUT_DRAWS + 1, generator=generator, dtype=torch.float64)
         kinds = kinds[rows]
-        made = list(self._workers.map(self._row, kinds.tolist(), draws[rows].tolist()))
+        made = list(self._workers.map(self.row, kinds.tolist(), draws[rows].tolist()))
         targets, references, captions = zip(*made) if made else ((), (), ())
         return Batch(torch.stack(targets), torch.stack(references), list(captions), kinds)
 
-    def _row(self, kind: int, draws: list[float]) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
+    def row(self, kind: int, draws: list[float]) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
         shown, other = self.choice(kind, draws[:3])
         flip = draws[-1] < self.flip
         picture = self.load(shown)

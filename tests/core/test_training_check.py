@@ -8,9 +8,12 @@ import torch
 import training_folders as made
 from PIL import Image, ImageEnhance
 
-from flexip_core.training.check import check, contact_sheet_of_pairs, perceptual_hash
+from flexip_core.training.check import check, perceptual_hash
+from flexip_core.training.data import INVARIANT
 from flexip_core.training.folders import make_source
+from flexip_core.training.pictures import CutOptions
 from flexip_core.training.shards import pack
+from flexip_core.training.sheet import choose_pairs, contact_sheet_of_pairs
 
 SIZE = 32
 
@@ -201,24 +204,31 @@ def test_a_sheet_shows_pairs_with_kind_and_caption(tmp_path):
     assert sheet.mode == "RGB"
     again, other = contact_sheet_of_pairs(source, 4, seed=1), contact_sheet_of_pairs(source, 4, seed=2)
     assert sheet.tobytes() == again.tobytes() != other.tobytes()
-    batch = source.batch(torch.tensor([0, 1, 0, 1]), torch.Generator().manual_seed(1))
+    _, reference, _ = source.row(*choose_pairs(source, 4, seed=1)[0])
     first = np.asarray(sheet.crop((6, 6, 6 + 192, 6 + 192)).resize((SIZE, SIZE))).astype(float)
-    shown = (batch.references[0].permute(1, 2, 0).numpy() + 1) * 127.5
+    shown = (reference.permute(1, 2, 0).numpy() + 1) * 127.5
     assert np.abs(first - shown).mean() < 12, "the reference comes first"
 
 
-def test_a_sheet_of_features_is_refused():
-    class Features:
-        def views(self):
-            return {"a": 2}
+@pytest.mark.parametrize("seed", range(5))
+def test_a_sheet_shows_everything_once_before_anything_twice_and_cuts_where_cuts_are_drawn(tmp_path, seed):
+    """Where training draws one subject far more often and one time in two no cut at all."""
+    names = [f"variant/{subject}/{view}.png" for subject in "abcd" for view in (1, 2)]
+    names += [f"invariant/{number}.png" for number in range(4)]
+    weights = {"dataset.toml": '[weights]\n"variant/a" = 100.0'}
+    data = made.put(tmp_path, {**{name: made.noise(i) for i, name in enumerate(names)}, **weights})
+    source = make_source(data, SIZE, options=CutOptions(invariant_subject=0.0, invariant_whole=0.5))
+    pairs = choose_pairs(source, 8, seed)
+    targets = [source.choice(kind, draws[:3])[0].name for kind, draws in pairs]
+    assert sorted(name.rpartition("/")[0] for name in targets[1::2]) == [f"variant/{subject}" for subject in "abcd"]
+    assert sorted(targets[::2]) == names[-4:]
+    for kind, draws in pairs[::2]:
+        target, reference, _ = source.row(kind, draws)
+        assert kind == INVARIANT and not torch.equal(target, reference)
 
-        def pictures(self):
-            return 2
 
-        def batch(self, kinds, generator):
-            from flexip_core.training.data import Batch
-
-            return Batch(torch.zeros(2, 4, 8, 8), {"cls": torch.zeros(2, 4)}, [("a",)] * 2, kinds)
-
-    with pytest.raises(ValueError, match="needs pictures, this source gives features"):
-        contact_sheet_of_pairs(Features(), 2, 0)
+def test_a_sheet_without_loose_pictures_shows_other_subjects_in_its_invariant_pairs(tmp_path):
+    data = made.put(tmp_path, {f"variant/{name}/{view}.png": made.noise(view) for name in "abcd" for view in (1, 2)})
+    source = make_source(data, SIZE)
+    targets = [source.choice(kind, draws[:3])[0].name for kind, draws in choose_pairs(source, 4, 0)]
+    assert len({name.rpartition("/")[0] for name in targets}) == 4
