@@ -108,20 +108,28 @@ class ScorerFile:
         return any(_comparable(encoders.wanted_shape(need.encoder)) == _comparable(self.file.shape) for need in needs)
 
 
+class Unsuited(ValueError):
+    """A file that cannot score. `found` says what it is, for whoever wants an encoder for something else than scores."""
+
+    def __init__(self, found: str, advice: str):
+        super().__init__(f"{found}; {advice}.")
+        self.found = found
+
+
 def clip_scorer(name: str, path: str | Path) -> ScorerFile:
-    """The CLIP in this file as a scorer. ValueError, one sentence naming the file `name`, if it cannot score."""
+    """The CLIP in this file as a scorer. Unsuited, one sentence naming the file `name`, if it cannot score."""
     header = read_header(path)
     file = encoder_files.identify(header)
     if file is None or file.shape.kind != "clip":
-        raise ValueError(f"{name} is {_what(header, file)}, not a CLIP; choose a CLIP file, such as {CLIP_ADVICE}.")
+        raise Unsuited(f"{name} is {_what(header, file)}, not a CLIP", f"choose a CLIP file, such as {CLIP_ADVICE}")
     shape = file.shape
     if "class_embedding" not in encoder_files.converted_shapes(header, file):
-        raise ValueError(f"{name} is a CLIP around a timm tower, which scores cannot use; choose another CLIP file.")
+        raise Unsuited(f"{name} is a CLIP around a timm tower", "scores cannot use that, so choose another CLIP file")
     if not shape.out:
-        raise ValueError(f"{name} is {describe(file)}, and scores need the projection; choose another CLIP file.")
+        raise Unsuited(f"{name} is {describe(file)}", "scores need the projection, so choose another CLIP file")
     head_width = _HEAD_WIDTHS.get(shape.width, 64)
     if shape.width % head_width:
-        raise ValueError(f"{name} is a CLIP of the unusual width {shape.width}; choose another CLIP file.")
+        raise Unsuited(f"{name} is a CLIP of the unusual width {shape.width}", "choose another CLIP file")
     size = shape.patch * isqrt(shape.positions)
     sizes = (shape.width, shape.depth, shape.patch, shape.positions, shape.out)
     openai = _rounded_to_half(header, file) if sizes in _OPENAI else False  # None: cannot be seen
@@ -160,20 +168,20 @@ def clip_scorer(name: str, path: str | Path) -> ScorerFile:
 
 
 def dino_scorer(name: str, path: str | Path) -> ScorerFile:
-    """The DINO (v1) or DINOv2 in this file as a scorer. ValueError, one sentence naming the file, if it cannot score."""
+    """The DINO (v1) or DINOv2 in this file as a scorer. Unsuited, one sentence naming the file, if it cannot score."""
     header = read_header(path)
     file = encoder_files.identify(header) or encoder_files.identify_vit(header)
     choose = f"choose a DINO or DINOv2 file, such as {DINO_ADVICE}"
     if file is None or file.shape.kind != "dino":
-        raise ValueError(f"{name} is {_what(header, file)}, not a DINO; {choose}.")
+        raise Unsuited(f"{name} is {_what(header, file)}, not a DINO", choose)
     shape, tensors = file.shape, encoder_files.converted_shapes(header, file)
     second = "blocks.0.ls1.gamma" in tensors  # layer scale: DINOv2 has it, DINO has not
     if "cls_token" not in tensors or not shape.positions or not (second or shape.patch in (8, 16)):
-        raise ValueError(f"{name} is {describe(file)}, not a DINO; {choose}.")
+        raise Unsuited(f"{name} is {describe(file)}, not a DINO", choose)
     if not second and (extra := _supervised(header, file)):
-        raise ValueError(f"{name} has a {extra}, which DINO's files have not; {choose}.")
+        raise Unsuited(f"{name} has a {extra}, which DINO's files have not", choose)
     if shape.width % 64 or _DINO_CROP % shape.patch:
-        raise ValueError(f"{name} is {describe(file)}, an unusual size; {choose}.")
+        raise Unsuited(f"{name} is {describe(file)}, an unusual size", choose)
     model = "vit_small_patch16_224.dino"  # any size: args override it
     args = {
         "embed_dim": shape.width,

@@ -22,10 +22,9 @@ from torch import Tensor
 from .. import images
 from ..adapters import ADAPTERS
 from ..config import ClipConfig, DinoConfig
-from ..encoders import ClipTower, DinoTower, fits_shapes, load_tower
-from ..scorer_files import clip_scorer, dino_scorer
+from ..encoders import ClipTower, DinoTower, load_tower
 from ..text_tower import tokenize
-from ..weights import name_of, read_header, read_tensors
+from ..weights import name_of, read_tensors
 from .base import Task, Text
 from .cached import cached
 from .config import TrainConfig
@@ -33,6 +32,7 @@ from .data import Captions
 from .dataset import scan
 from .entries import file_identity
 from .folders import make_source
+from .image_encoders import encoder_in
 from .probe import PictureProbe, choose_cases
 from .sd_configs import SIDE, UNET, VAE, Checkpoint, TextEncoder, read_checkpoint
 
@@ -72,7 +72,10 @@ class SDBase:
         ValueError, one sentence naming the file, for a file that is something else or cannot be trained on.
         """
         about = read_checkpoint(checkpoint)
-        encoders = (clip_config(clip_vision), Path(clip_vision)), (dino_config(dino), Path(dino))
+        encoders = (
+            (encoder_in("clip_vision", clip_vision), Path(clip_vision)),
+            (encoder_in("dino", dino), Path(dino)),
+        )
         unet = load_unet(about, torch.bfloat16 if precision == "bf16" else torch.float32)
         return cls(about, *encoders, torch.device(device), unet.to(device))
 
@@ -192,17 +195,6 @@ def token_numbers(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
 
 
 # --- files
-
-
-def clip_config(path: str | Path) -> ClipConfig:
-    """The CLIP image tower in this file: FlexIP's own where it fits, else told by the shapes (heads and activation: scorer_files)."""
-    default = ClipConfig()
-    return default if fits_shapes(read_header(path).shapes, default) else clip_scorer(name_of(path), path).encoder
-
-
-def dino_config(path: str | Path) -> DinoConfig:
-    default = DinoConfig()
-    return default if fits_shapes(read_header(path).shapes, default) else dino_scorer(name_of(path), path).encoder
 
 
 def load_unet(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> nn.Module:

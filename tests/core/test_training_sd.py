@@ -1,6 +1,7 @@
 """The real base: what is told from a checkpoint's shapes, what is refused, how text is tokenised, and training on it."""
 
 import json
+from types import SimpleNamespace
 
 import public_layouts as public
 import pytest
@@ -11,11 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from flexip_core import mini, mini_checkpoints
 from flexip_core.checkpoint import load_checkpoint, save_checkpoint
+from flexip_core.config import DinoConfig
 from flexip_core.integrations.diffusers import attention_names, encode_references, gated, guided
-from flexip_core.training import cache, sd
+from flexip_core.training import cache, image_encoders, sd
 from flexip_core.training.base import Text
 from flexip_core.training.config import NetworkConfig, OptimizerConfig, TrainConfig
 from flexip_core.training.entries import file_identity
+from flexip_core.training.image_encoders import choose, encoder_in
 from flexip_core.training.loop import Trainer, make_network
 from flexip_core.training.probe import GATES
 from flexip_core.training.sampling import draw
@@ -66,6 +69,61 @@ def dataset(tmp_path_factory):
 
 
 # --- what a file is
+
+
+@pytest.mark.parametrize(
+    "role, other, sentence",
+    [
+        (
+            "dino",
+            "clip_vision",
+            "dino: .*mini_clip.* is CLIP .*, not a DINO, but training needs a DINOv2 image encoder",
+        ),
+        ("clip_vision", "dino", "clip_vision: .*mini_dino.* is DINOv2 .*, but training needs a CLIP ViT image encoder"),
+        ("dino", "checkpoint", "dino: base.ckpt .* is no image encoder that FlexIP knows, .*training needs a DINOv2"),
+    ],
+)
+def test_an_encoder_of_the_wrong_kind_is_told_with_what_training_needs(files, role, other, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        encoder_in(role, files[other])
+    assert "scores" not in str(error.value) and "facebookresearch/dino" not in str(error.value)
+    with pytest.raises(ValueError, match=sentence):
+        sd.SDBase.load(**{**files, role: files[other]})
+
+
+def test_half_an_encoder_is_told_before_the_training_begins(files, tmp_path):
+    tensors = load_file(files["dino"])
+    tensors.pop("blocks.0.norm2.bias")
+    save_file(tensors, tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match=r"dino: half.safetensors .*lacks 1 tensors .*training needs a DINOv2"):
+        encoder_in("dino", tmp_path / "half.safetensors")
+
+
+def test_an_encoder_is_found_by_its_contents(files, tmp_path):
+    (tmp_path / "broken.safetensors").write_text("<!DOCTYPE html>")
+    paths = {"broken": str(tmp_path / "broken.safetensors"), "z": files["clip_vision"], "a": files["dino"]}
+    assert [choose(role, paths, "models") for role in ("clip_vision", "dino")] == [paths["z"], paths["a"]]
+    paths.pop("a")
+    with pytest.raises(ValueError, match=r"dino: no file in models is a DINOv2.* broken \(unreadable\), z \(CLIP"):
+        choose("dino", paths, "models")
+    with pytest.raises(ValueError, match="Looked at: no files at all"):
+        choose("dino", {}, "models")
+
+
+def test_of_several_encoders_the_one_that_flexip_reads_by_default_is_taken_else_the_largest(monkeypatch):
+    """ViT-g is larger than ViT-L/14, which FlexIP reads."""
+
+    def shape(width, depth):
+        return SimpleNamespace(shape=SimpleNamespace(width=width, depth=depth))
+
+    towers = {"small": shape(384, 12), "default": shape(1024, 24), "giant": shape(1536, 40)}
+    monkeypatch.setattr(image_encoders, "read_header", lambda path: path)
+    monkeypatch.setattr(image_encoders, "identify", towers.get)
+    monkeypatch.setattr(image_encoders, "encoder_in", lambda role, path: DinoConfig() if path == "default" else path)
+    paths = {name: name for name in towers}
+    assert choose("dino", paths, "models") == "default"
+    paths.pop("default")
+    assert choose("dino", paths, "models") == "giant"
 
 
 @pytest.mark.parametrize("layout, config", [("sd15_full", public.SD15), ("sdxl_full", public.SDXL)])
