@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..weights import write_atomically
-from .checkpointing import MAY_CHANGE, states
+from .checkpointing import changed, states
 from .config import TrainConfig
 from .loop import FINAL, LOG
 from .ranks import Ranks, TrainingError
@@ -36,6 +36,7 @@ def locked(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
     from filelock import FileLock, Timeout  # torch brings it
 
     lock = FileLock(folder / LOCK, timeout=PATIENCE)
+    made = [path for path in (folder, *folder.parents) if not path.exists()] if ranks.first else []
     with ranks.together():
         if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -49,6 +50,11 @@ def locked(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        with contextlib.suppress(OSError):  # somebody else put something there by now
+            if made and set(os.listdir(folder)) <= {LOCK}:  # the run failed before it wrote anything
+                (folder / LOCK).unlink(missing_ok=True)
+                for path in made:
+                    path.rmdir()
 
 
 def is_running(folder: Path) -> bool:
@@ -81,19 +87,28 @@ def _is_alive(folder: Path) -> bool:
         return False
 
 
+def refuse(cfg: TrainConfig) -> None:
+    """ValueError if a process writes in `cfg.folder`, or if the folder holds a run with other settings."""
+    folder = Path(cfg.folder)
+    running = is_running(folder)
+    known = read_config_of(folder) if running or states(folder) else None  # without a state nothing is gone on with
+    other = changed_settings(known, cfg) if known else ""
+    if running:
+        how = f", with other settings ({other})" if other else ""
+        raise ValueError(f"The run {folder.name} is being trained already{how}; look at it, or stop it first.")
+    if other:
+        raise ValueError(
+            f"The run {folder.name} was begun with other settings ({other}); set them back, or give the run another name."
+        )
+
+
 def start(cfg: TrainConfig, export: Path | None = None) -> None:
     """Starts or resumes the run of `cfg.folder`; `export`: where the adapters go when it is done. Returns at once.
 
-    ValueError if a process writes there, or if the folder holds a run with other settings.
+    ValueError where `refuse` says so.
     """
+    refuse(cfg)
     folder = Path(cfg.folder)
-    if is_running(folder):
-        raise ValueError(f"The run {folder.name} is being trained already; look at it, or stop it first.")
-    known = read_config_of(folder) if states(folder) else None  # without a state nothing is gone on with
-    if known is not None and (changed := changed_settings(known, cfg)):
-        raise ValueError(
-            f"The run {folder.name} was begun with other settings ({changed}); set them back, or give the run another name."
-        )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CONFIG, json.dumps(cfg.to_dict(), indent=1).encode())
     (folder / STOP).unlink(missing_ok=True)
@@ -141,19 +156,10 @@ def read_config_of(folder: Path) -> TrainConfig | None:
 
 def changed_settings(old: TrainConfig, new: TrainConfig) -> str:
     """What differs and must not in one run, with both values; "" if the run can go on."""
-    before, after = _flat(old.to_dict()), _flat(new.to_dict())
-    free = {*MAY_CHANGE} - ({"steps"} if new.steps < old.steps else set())
-    names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
-    return ", ".join(
-        f"{name}: {before.get(name)} there, {after.get(name)} now" for name in names if name.split(".")[0] not in free
-    )
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in data.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return out
+    found = changed(old.to_dict(), new.to_dict())
+    if new.steps < old.steps:
+        found.append(("steps", old.steps, new.steps))
+    return ", ".join(f"{name}: {was} there, {now} now" for name, was, now in found)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ function of (seed, step), and the number of ranks changes nothing, so a run may 
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -26,8 +27,11 @@ from ..weights import name_of, read_header, read_tensors, write_atomically
 FORMAT = "1"
 STATE_KEY = "flexip.training"
 _NAME = re.compile(r"state_(\d{8})\.safetensors")
-MAY_CHANGE = ("steps", "folder", "device", "recompute", "log_every", "probe_every", "checkpoint_every", "keep", "task")
-"""Settings that a resumed run may have different: they change none of the steps done so far."""
+MAY_CHANGE = {
+    *("steps", "folder", "device", "recompute", "log_every", "probe_every", "checkpoint_every", "keep"),
+    *(f"task.{name}" for name in ("cache", "workers", "memory", "probe_cases", "probe_steps", "probe_cfg")),
+}
+"""Settings that a resumed run may have different: they change none of the steps done so far, or (a cache) nothing that matters."""
 
 
 @dataclass
@@ -85,14 +89,11 @@ def read_state(
 ) -> tuple[Progress, dict[str, torch.Tensor]]:
     """Refused in one sentence: a file that is no state, of another format, or of a run with other settings."""
     about = _about(path)
-    theirs, ours = about["config"], config
-    for name in sorted(theirs.keys() | ours.keys()):
-        if name not in MAY_CHANGE and theirs.get(name) != ours.get(name):
-            setting, old, new = _difference(name, theirs.get(name), ours.get(name))
-            raise ValueError(
-                f"{name_of(path)} was written with {setting} = {old!r}, the config now says {new!r}; "
-                "put it back, or start a new run in another folder."
-            )
+    for setting, old, new in changed(about["config"], config):
+        raise ValueError(
+            f"{name_of(path)} was written with {setting} = {old!r}, the config now says {new!r}; "
+            "put it back, or start a new run in another folder."
+        )
     if about["network"] != json.loads(json.dumps(network.to_dict())):
         raise ValueError(
             f"{name_of(path)} belongs to another base or other encoders than the config's task gives; "
@@ -124,12 +125,39 @@ def _about(path: str | os.PathLike) -> dict[str, Any]:
     return about
 
 
-def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
-    """The first setting inside a table that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        key = next(key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
-        return _difference(f"{name}.{key}", old.get(key), new.get(key))
-    return name, old, new
+def changed(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Settings of two configs that differ and must not in one run: the name, such as "task.dino", and both values."""
+    before, after = _flat(old), _flat(new)
+    told = bool(old.get("task") and new.get("task"))  # not where a program gives base and data itself
+    found = []
+    for name in sorted(before.keys() | after.keys()):
+        was, now = before.get(name), after.get(name)
+        if was == now or name in MAY_CHANGE:
+            continue
+        if name.startswith("task.") and (not told or _same_file(was, now)):
+            continue
+        found.append((name, was, now))
+    return found
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in data.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return out
+
+
+def _same_file(old: Any, new: Any) -> bool:
+    """Whether two paths may be one file or folder, which was moved or copied: it keeps its name, and a file its bytes.
+
+    A folder may have got more pictures meanwhile. Of a file that is not there any more only the name is known.
+    """
+    if not isinstance(old, str) or not isinstance(new, str):
+        return False
+    was, now = (PureWindowsPath(path).name for path in (old, new))  # knows both kinds of slashes
+    if not was or was != now:
+        return False
+    return not (os.path.isfile(old) and os.path.isfile(new)) or filecmp.cmp(old, new, shallow=False)
 
 
 def load_into(

@@ -113,6 +113,55 @@ def test_other_settings_are_refused_and_more_steps_are_not(tmp_path):
         background.start(other)
 
 
+FILES = ("checkpoint", "clip_vision", "dino", "data")
+
+
+def task_in(folder, **changes):
+    """As the node writes it; of the files only those are there that a test puts there."""
+    return {"make": "x:y", **{name: str(folder / f"the {name}") for name in FILES}, "size": 64, **changes}
+
+
+@pytest.mark.parametrize(
+    "name, value", [*((name, "/models/another") for name in FILES), ("size", 512), ("make", "x:z")]
+)
+def test_another_base_encoder_data_or_size_is_another_run(tmp_path, name, value):
+    one, other = (config(tmp_path, task=task_in(tmp_path, **changes)) for changes in ({}, {name: value}))
+    assert background.changed_settings(one, other) == f"task.{name}: {one.task[name]} there, {value} now"
+
+
+def test_the_same_files_elsewhere_more_pictures_and_another_preview_are_the_same_run(tmp_path):
+    """A run may move with its models to another disk or computer, and a cache may be filled for it meanwhile."""
+    for folder in ("old", "new"):
+        (tmp_path / folder / "the data").mkdir(parents=True)
+        (tmp_path / folder / "the dino").write_bytes(b"weights")
+    (tmp_path / "new" / "the data" / "more.png").touch()
+    more = {"cache": "cache", "probe_cases": 2, "probe_steps": 4, "checkpoint": "D:\\models\\the checkpoint"}
+    old, new = (task_in(tmp_path / folder, **changes) for folder, changes in (("old", {}), ("new", more)))
+    assert background.changed_settings(config(tmp_path, task=old), config(tmp_path, task=new)) == ""
+
+
+def test_another_file_of_the_same_name_is_another_encoder(tmp_path):
+    """Many files on Hugging Face are called model.safetensors."""
+    for folder in ("vit-h", "vit-l"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_bytes(folder.encode())
+    one, other = (
+        config(tmp_path, task=task_in(tmp_path, dino=str(tmp_path / folder / "model.safetensors")))
+        for folder in ("vit-h", "vit-l")
+    )
+    assert background.changed_settings(one, other).startswith("task.dino: ")
+
+
+def test_a_run_that_fails_before_it_begins_leaves_no_folder(tmp_path, caplog):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config(tmp_path / "runs" / "mine", task={"make": "nowhere:task"}).to_dict()))
+    assert main(["run", str(path)]) == 1 and "does not name a function" in caplog.text
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    assert main(["run", str(path)]) == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"], "what was there before stays"
+
+
 def test_a_process_number_that_the_system_gave_to_somebody_else_is_not_the_run(tmp_path):
     about = {"pid": os.getpid(), "created": psutil.Process().create_time() - 100}
     (tmp_path / background.PROCESS).write_text(json.dumps(about))
