@@ -1,7 +1,7 @@
 """python -m flexip_core.training run config.toml [--resume] [--export adapters.safetensors]
 torchrun --nproc-per-node 4 -m flexip_core.training run config.toml    (or accelerate launch; 4 GPUs)
 python -m flexip_core.training export run_folder adapters.safetensors [--last]
-python -m flexip_core.training memory config.toml --base SD1.5 --size 512 [--ranks 4]    what one GPU has to hold
+python -m flexip_core.training memory [config.toml] --base SD1.5 --size 512 [--ranks 4]  what one GPU has to hold
 python -m flexip_core.training check data [--size 512] [--sheet pairs.png]               what is wrong with the pictures
 python -m flexip_core.training cache config.toml                                         latents, texts and features, once
 python -m flexip_core.training import KIND source data                                   known layouts of others
@@ -27,6 +27,9 @@ from .importers import KINDS, WAYS, import_data
 from .loop import BEST, FINAL, Trainer
 from .ranks import TrainingError, joined
 
+USUAL = TrainConfig(steps=1, batch=4, seed=0, folder="", precision="bf16", recompute=True)
+"""What Train FlexIP begins with, for `memory` without a config."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
@@ -47,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     def command(function, help: str, *names: str) -> argparse.ArgumentParser:
         one = commands.add_parser(function.__name__.removesuffix("_"), help=help)
         for name in names:
-            one.add_argument(name, type=None if name in ("kind", "config") else Path)
+            one.add_argument(name, type=None if name == "config" else Path)
         one.set_defaults(command=function)
         return one
 
@@ -60,25 +63,35 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one = command(export_, "write the adapters of a run's newest state as a file for ComfyUI", "folder", "file")
     one.add_argument("--last", action="store_true", help="the last weights instead of the averaged ones")
 
-    one = command(memory, "count what one GPU has to hold", "config")
+    one = command(memory, "count what one GPU has to hold")
+    one.add_argument(
+        "config",
+        nargs="?",
+        help="left out: batch %d, %s, recompute, as in Train FlexIP" % (USUAL.batch, USUAL.precision),
+    )
     one.add_argument("--base", required=True, help="SD1.5 or SDXL")
     one.add_argument("--size", type=int, required=True, help="side of the pictures in pixels")
-    one.add_argument("--ranks", type=int, default=1, help="GPUs that share a batch")
+    one.add_argument("--ranks", type=int, default=1, help="GPUs that share a batch (default: %(default)s)")
 
     one = command(check, "say what is wrong with training pictures", "data")
-    one.add_argument("--size", type=int, default=512)
+    one.add_argument("--size", type=int, default=512, help="that they are trained at, in pixels (default: %(default)s)")
     one.add_argument("--sheet", type=Path, help="a picture of some pairs, to look at")
-    one.add_argument("--pairs", type=int, default=8, help="on the sheet")
-    one.add_argument("--seed", type=int, default=0, help="which pairs")
+    one.add_argument("--pairs", type=int, default=8, help="on the sheet (default: %(default)s)")
+    one.add_argument("--seed", type=int, default=0, help="which pairs (default: %(default)s)")
 
     one = command(cache, "encode pictures and captions of a config's data once, into its cache folder", "config")
     one.add_argument("--patches", action="store_true", help="DINO's patches, too: 512 KB per reference")
     one.add_argument("--dry-run", action="store_true", help="only say what it would take")
 
-    one = command(import_, "bring pictures in a known layout into ours", "kind", "source", "data")
-    one.epilog = f"kinds: {', '.join(KINDS)}"
+    one = command(import_, "bring pictures in a known layout into ours")
+    one.add_argument("kind", help=f"the layout: {', '.join(KINDS)}")
+    for name in ("source", "data"):
+        one.add_argument(name, type=Path)
     one.add_argument(
-        "--way", choices=WAYS, default=WAYS[0], help="link: hard links where possible, which take no space"
+        "--way",
+        choices=WAYS,
+        default=WAYS[0],
+        help="link: hard links where possible, which take no space (default: %(default)s)",
     )
     one.add_argument("--template", help="of paths, for co3d")
     one.add_argument("--pictures", type=Path, help="where an ip_adapter list's files lie")
@@ -86,7 +99,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one.add_argument("--views", type=int, help="at most so many of each subject")
 
     one = command(pack, "write a folder of pictures as WebDataset shards", "data", "shards")
-    one.add_argument("--megabytes", type=int, default=1024, help="of a shard")
+    one.add_argument("--megabytes", type=int, default=1024, help="of a shard (default: %(default)s)")
     command(unpack, "write shards as a folder of pictures", "shards", "data")
     return parser.parse_args(arguments)
 
@@ -121,12 +134,14 @@ def export_(options: argparse.Namespace) -> None:
 def memory(options: argparse.Namespace) -> None:
     from .memory import report
 
-    logging.info("%s", report(read_config(options.config), options.base, options.size, options.ranks))
+    cfg = read_config(options.config) if options.config else USUAL
+    logging.info("%s", report(cfg, options.base, options.size, options.ranks))
 
 
 def check(options: argparse.Namespace) -> int:
-    from .check import check, contact_sheet_of_pairs
+    from .check import check
     from .folders import make_source
+    from .sheet import contact_sheet_of_pairs
 
     found = check(options.data, options.size)
     logging.info("%s", found.text())

@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flexip_core.adapters import FlexIPNetwork
 from flexip_core.integrations.diffusers import branches
+from flexip_core.training import memory
+from flexip_core.training.__main__ import main
 from flexip_core.training.config import GateConfig, TrainConfig
 from flexip_core.training.data import INVARIANT, VARIANT
 from flexip_core.training.loop import Trainer
@@ -235,6 +237,17 @@ def test_the_report_adds_up_and_names_the_other_choice():
     assert numbers["UNet, frozen"] == 3438
     assert numbers.pop("sum") == pytest.approx(sum(numbers.values()), abs=5)
     assert "With recompute false the sum is " in text and "Without a cache the encoders come on top: " in text
+
+
+def test_the_command_needs_no_config_where_only_sizes_matter(monkeypatch, caplog):
+    """What it counts then is what the node Train FlexIP begins with."""
+    told = []
+    monkeypatch.setattr(memory, "report", lambda *arguments: told.append(arguments) or "a table")
+    with caplog.at_level("INFO"):
+        assert main(["memory", "--base", "SDXL", "--size", "1024"]) == 0
+    ((cfg, *others),) = told
+    assert (cfg.batch, cfg.precision, cfg.recompute) == (4, "bf16", True) and others == ["SDXL", 1024, 1]
+    assert "a table" in caplog.text
 
 
 def test_what_cannot_be_counted_is_refused():

@@ -249,6 +249,14 @@ def test_a_run_goes_on_with_the_settings_it_was_started_with(base, tmp_path, cha
         resume_from(base, tmp_path, **changes)
 
 
+def test_a_run_goes_on_with_the_files_it_was_started_with(base, tmp_path):
+    saved(base, tmp_path, task={"dino": "models/small.safetensors", "data": "pets"})
+    with pytest.raises(ValueError, match="task.dino = 'models/small.safetensors', the config now says 'models/large"):
+        resume_from(base, tmp_path, task={"dino": "models/large.safetensors", "data": "pets"})
+    moved = resume_from(base, tmp_path, task={"dino": "elsewhere/small.safetensors", "data": "/disk/pets"})
+    assert moved.progress.step == 6
+
+
 def test_another_base_is_refused(base, tmp_path):
     saved(base, tmp_path)
     other = fakes.FakeBase(widths=(32, 64))
@@ -307,3 +315,18 @@ def test_the_command_line_answers_errors_with_a_sentence(tmp_path, caplog, task,
     assert re.search(message, caplog.text) and "Traceback" not in caplog.text
     assert command.main(["export", str(tmp_path), "x.safetensors"]) == 1
     assert "holds no training state" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("check", ["(default: 512)"]),
+        ("import", ["dreambench", "kohya", "ip_adapter"]),
+        ("memory", ["[config]", "batch 4, bf16"]),
+    ],
+)
+def test_the_help_of_a_command_names_defaults_and_choices(capsys, name, words):
+    with pytest.raises(SystemExit):
+        command.main([name, "--help"])
+    arguments = capsys.readouterr().out
+    assert all(word in arguments for word in words)
