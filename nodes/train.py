@@ -20,13 +20,14 @@ from PIL import Image
 
 from ..flexip_core.config import GATE_MODES
 from ..flexip_core.plots import Series, line_plot
-from . import files
+from . import files, notices
 from .encoders import named
 from .types import CATEGORY
 
 TRAIN, STATUS = "FlexIPTrain", "FlexIPTrainingStatus"
 RUNS = "flexip_training"  # in ComfyUI's output folder
 DATA_PARTS = ("variant", "invariant")
+NO_DATA = "no training data in input"  # chosen where there is none: from an empty list the page sends nothing
 PLOT = (560, 320)
 NAME = re.compile(r"[\w][\w .-]{0,79}")
 LOOK, STOP = "look", "stop"
@@ -35,7 +36,7 @@ LOOK, STOP = "look", "stop"
 class FlexIPTrain(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        encoders = files.names(files.ENCODER_FOLDER)
+        encoders = [files.AUTO, *files.names(files.ENCODER_FOLDER)]
         return io.Schema(
             node_id=TRAIN,
             display_name="Train FlexIP",
@@ -44,6 +45,7 @@ class FlexIPTrain(io.ComfyNode):
             search_aliases=["train", "training", "fine-tune", "finetune", "adapter training"],
             is_experimental=True,
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.String.Input(
                     "run",
@@ -58,16 +60,16 @@ class FlexIPTrain(io.ComfyNode):
                 io.Combo.Input(
                     "clip_vision",
                     options=encoders,
-                    tooltip="The CLIP image encoder that the adapters read, such as ViT-H/14.",
+                    tooltip="The CLIP image encoder that the adapters read. auto: the file in models/clip_vision that is one, by its contents; ViT-H/14 if it is there.",
                 ),
                 io.Combo.Input(
                     "dino",
                     options=encoders,
-                    tooltip="The DINOv2 image encoder that the adapters read, such as ViT-L/14.",
+                    tooltip="The DINOv2 image encoder that the adapters read. auto: the file in models/clip_vision that is one, by its contents; ViT-L/14 if it is there.",
                 ),
                 io.Combo.Input(
                     "data",
-                    options=data_names(),
+                    options=data_names() or [NO_DATA],
                     tooltip="A folder in ComfyUI's input folder: variant/ with a folder per subject, invariant/ with loose pictures, captions as .txt beside them, val/ for previews.",
                 ),
                 io.Int.Input(
@@ -171,8 +173,8 @@ class FlexIPTrain(io.ComfyNode):
         task = {
             "make": "flexip_core.training.sd:make",
             "checkpoint": files.path_of("checkpoints", checkpoint, TRAIN),
-            "clip_vision": files.path_of(files.ENCODER_FOLDER, clip_vision, TRAIN),
-            "dino": files.path_of(files.ENCODER_FOLDER, dino, TRAIN),
+            "clip_vision": encoder_path(training, "clip_vision", clip_vision),
+            "dino": encoder_path(training, "dino", dino),
             "data": pictures,
             "size": size,
         }
@@ -194,6 +196,8 @@ class FlexIPTrain(io.ComfyNode):
             cfg = training.config.TrainConfig.from_dict(merged(chosen, more))
             report = standing(training.background, folder, cfg, adapters)
             if report is None:
+                training.background.refuse(cfg)
+                check_files(training, task)
                 found = training.check.check(pictures, size, on_progress=_progress())
                 if not found.ok:
                     raise ValueError(f"{data} cannot be trained on.\n{found.text()}")
@@ -201,7 +205,8 @@ class FlexIPTrain(io.ComfyNode):
                 mm.soft_empty_cache()
                 training.background.start(cfg, export=adapters)
                 report = f"Training of {folder.name} has begun; look at it with FlexIP Training Status.\n{found.text()}"
-        return io.NodeOutput(run, report, ui={"text": (report,)})
+        notices.send(report, cls.hidden.unique_id if cls.hidden else None)
+        return io.NodeOutput(run, report, ui={"text": (report,)})  # for other programs: the page does not draw it
 
 
 class FlexIPTrainingStatus(io.ComfyNode):
@@ -215,6 +220,7 @@ class FlexIPTrainingStatus(io.ComfyNode):
             search_aliases=["training progress", "loss", "stop training", "training preview"],
             is_experimental=True,
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.String.Input(
                     "run", default="my_adapters", tooltip="The run's name; wire it from Train FlexIP, or write it."
@@ -256,8 +262,11 @@ class FlexIPTrainingStatus(io.ComfyNode):
         if action == STOP:
             text += "\nIt was asked to stop: it saves its state after the step it is in."
         losses, preview = loss_plot(found.losses), preview_of(found.previews)
-        shown = ui.PreviewImage(_same_size([losses, preview] if found.previews else [losses]), cls=cls)
-        return io.NodeOutput(text, losses, preview, ui={**shown.as_dict(), "text": (text,)})
+        shown = ui.PreviewImage(losses, cls=cls).as_dict()
+        if found.previews:  # each at its own size
+            shown["images"] = [*shown["images"], *ui.PreviewImage(preview, cls=cls).values]
+        notices.send(text, cls.hidden.unique_id if cls.hidden else None)
+        return io.NodeOutput(text, losses, preview, ui={**shown, "text": (text,)})
 
 
 def run_folder(run: str, node: str) -> Path:
@@ -279,12 +288,30 @@ def data_names() -> list[str]:
 
 
 def data_path(name: str) -> str:
-    if name not in data_names():
+    names, root = data_names(), folder_paths.get_input_directory()
+    if name not in names:
+        what = "no training data" if name == NO_DATA else f"no training data {files.shown(name)}"
+        found = f"Found: {files.listed(names)}." if names else "Make one, then press R on the page and choose it."
         raise ValueError(
-            f"{TRAIN}: there is no training data {files.shown(name)} in {folder_paths.get_input_directory()}. A folder there "
-            f"with {' or '.join(f'{part}/' for part in DATA_PARTS)} in it is training data. Found: {files.listed(data_names())}."
+            f"{TRAIN}: there is {what} in {root}. A folder there with {' or '.join(f'{part}/' for part in DATA_PARTS)} in it is "
+            f"training data. {found}"
         )
-    return os.path.join(folder_paths.get_input_directory(), name)
+    return os.path.join(root, name)
+
+
+def encoder_path(training: Any, role: str, choice: str) -> str:
+    if choice != files.AUTO:
+        return files.path_of(files.ENCODER_FOLDER, choice, TRAIN)
+    paths = {name: files.path_of(files.ENCODER_FOLDER, name, TRAIN) for name in files.names(files.ENCODER_FOLDER)}
+    with named(TRAIN):
+        return training.image_encoders.choose(role, paths, files.searched(files.ENCODER_FOLDER))
+
+
+def check_files(training: Any, task: dict[str, Any]) -> None:
+    """ValueError for a file that the training would refuse, told here and not in a process that nobody looks at."""
+    training.sd_configs.read_checkpoint(task["checkpoint"])
+    for role in training.image_encoders.NEEDED:
+        training.image_encoders.encoder_in(role, task[role])
 
 
 def _has_data(path: str) -> bool:
@@ -360,15 +387,6 @@ def preview_of(previews: tuple[Path, ...]) -> torch.Tensor:
         return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)[None]
 
 
-def _same_size(pictures: list[torch.Tensor]) -> torch.Tensor:
-    """One batch for the node's own preview: smaller ones lie on grey."""
-    height, width = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
-    batch = torch.full((len(pictures), height, width, 3), 0.5)
-    for number, picture in enumerate(pictures):
-        batch[number, : picture.shape[1], : picture.shape[2]] = picture[0]
-    return batch
-
-
 def _progress() -> Any:
     """For a check of the data, which takes minutes where there is much: shown on the node, and ended by ComfyUI's cancel."""
     bar = comfy.utils.ProgressBar(1)
@@ -388,6 +406,6 @@ def _training(*packages: str) -> Any:
                 f"{TRAIN}: training needs the package {name}, which ComfyUI does not bring: run pip install {name} with ComfyUI's Python."
             )
     from ..flexip_core import training
-    from ..flexip_core.training import background, check, config  # noqa: F401 - attributes of `training`
+    from ..flexip_core.training import background, check, config, image_encoders, sd_configs  # noqa: F401 - its attributes
 
     return training

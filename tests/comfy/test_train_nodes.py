@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.model_management as mm
@@ -11,8 +13,10 @@ import folder_paths
 import pytest
 import torch
 import training_folders
+from comfy_api.v0_0_2 import io
+from flexip_pack.flexip_core import mini, mini_checkpoints
 from flexip_pack.flexip_core.training import background
-from flexip_pack.nodes import files, train
+from flexip_pack.nodes import files, notices, train
 from flexip_pack.nodes.train import RUNS, FlexIPTrain, FlexIPTrainingStatus
 from PIL import Image
 
@@ -32,9 +36,19 @@ START = background.start
 BLUE, ORANGE = (0, 114, 178), (213, 94, 0)  # the plot's first two lines
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny base and tiny encoders."""
+    folder = tmp_path_factory.mktemp("models")
+    mini_checkpoints.make_base(folder / "base.ckpt", text_layers=(2, 2))
+    mini.make_mini_encoders(folder)
+    encoders = {"clip.safetensors": mini.MINI_CLIP_FILE, "dino.safetensors": mini.MINI_DINO_FILE}
+    return {"base.ckpt": folder / "base.ckpt", **{name: folder / made for name, made in encoders.items()}}
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """ComfyUI's folders with files that nothing reads, a small data set, and a list of what would have been started."""
+def place(tmp_path, monkeypatch, models):
+    """ComfyUI's folders with tiny models, a small data set, and a list of what would have been started."""
     table = dict(folder_paths.folder_names_and_paths)
     for folder, names in {
         "checkpoints": ["base.ckpt"],
@@ -44,7 +58,7 @@ def place(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         table[folder] = ([str(tmp_path / folder)], {".ckpt", ".safetensors"})
         for name in names:
-            (tmp_path / folder / name).touch()
+            os.link(models[name], tmp_path / folder / name)
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", table)
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
@@ -162,6 +176,15 @@ def test_only_folders_of_training_data_are_offered(place):
     assert train.data_names() == ["loose", "pets"]
 
 
+def test_without_any_data_there_is_something_to_choose_and_a_sentence_that_says_what_to_make(place):
+    """From an empty list the page sends nothing, and ComfyUI would only say that an input is missing."""
+    (place.root / "input" / "pets").rename(place.root / "pets")
+    (data,) = [i for i in FlexIPTrain.define_schema().inputs if i.id == "data"]
+    assert len(data.options) == 1
+    with pytest.raises(ValueError, match="no training data in .*input. A folder there with variant/ or .* Make one"):
+        execute(data=data.options[0])
+
+
 def test_a_missing_input_folder_does_not_take_the_node_along(place, monkeypatch):
     monkeypatch.setattr(folder_paths, "input_directory", str(place.root / "gone"))
     assert FlexIPTrain.define_schema() and train.data_names() == []
@@ -212,6 +235,34 @@ def test_a_cancel_ends_the_check_of_the_data(place):
     assert not place.started
 
 
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"dino": "clip.safetensors"}, "dino: clip.safetensors .*is CLIP .*training needs a DINOv2"),
+        ({"clip_vision": "dino.safetensors"}, "clip_vision: dino.safetensors .*is DINOv2 .*training needs a CLIP ViT"),
+        ({"checkpoint": "clip.ckpt"}, "clip.ckpt .*is no Stable Diffusion checkpoint"),
+    ],
+)
+def test_a_file_of_the_wrong_kind_is_refused_before_anything_starts(place, models, changes, sentence):
+    os.link(models["clip.safetensors"], place.root / "checkpoints" / "clip.ckpt")
+    with pytest.raises(ValueError, match=f"FlexIPTrain: {sentence}"):
+        execute(**changes)
+    assert not place.started and not place.folder.exists()
+
+
+def test_auto_comes_first_and_finds_each_encoder_by_its_contents(place):
+    options = {i.id: i.options for i in FlexIPTrain.define_schema().inputs if i.id in ("clip_vision", "dino")}
+    assert [found[0] for found in options.values()] == ["auto", "auto"]
+    execute(clip_vision="auto", dino="auto")
+    execute()
+    (found, _), (chosen, _) = place.started
+    assert found.task == chosen.task
+    (place.root / files.ENCODER_FOLDER / "dino.safetensors").unlink()
+    folder_paths.filename_list_cache.clear()
+    with pytest.raises(ValueError, match=r"FlexIPTrain: dino: no file in .* is a DINOv2 .*clip.safetensors \(CLIP"):
+        execute(dino="auto")
+
+
 # --- a run that is there already
 
 
@@ -227,6 +278,40 @@ def test_other_settings_are_refused_and_named(place, cfg, monkeypatch):
     monkeypatch.setattr(background, "start", START)
     with pytest.raises(ValueError, match=r"FlexIPTrain: .*begun with other settings \(batch: 2 there, 5 now\)"):
         execute(batch=5)
+
+
+@pytest.fixture
+def others(place, models):
+    """A second base, encoder and data folder beside those of the run."""
+    (place.root / "checkpoints" / "other.ckpt").symlink_to(models["base.ckpt"])
+    (place.root / files.ENCODER_FOLDER / "other.safetensors").symlink_to(models["dino.safetensors"])
+    training_folders.small_set(place.root / "input" / "cats")
+    folder_paths.filename_list_cache.clear()
+    return {"checkpoint": "other.ckpt", "dino": "other.safetensors", "data": "cats", "size": 128}
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "dino", "data", "size"])
+def test_another_base_encoder_data_or_size_is_refused_while_it_runs_and_when_it_is_finished(
+    place, cfg, others, monkeypatch, name
+):
+    """Else the run with the wrong file would go on, and the node would say that all is well."""
+    monkeypatch.setattr(background, "start", START)
+    put_run(place, cfg, 3)
+    with background.locked(place.folder):
+        with pytest.raises(ValueError, match=rf"FlexIPTrain: .*trained already, with other settings \(task.{name}: "):
+            execute(**{name: others[name]})
+    put_run(place, cfg, 10, finished=True)
+    place.adapters.touch()
+    (place.folder / "state_00000010.safetensors").touch()
+    with pytest.raises(ValueError, match=rf"FlexIPTrain: .*begun with other settings \(task.{name}: "):
+        execute(**{name: others[name]})
+
+
+def test_more_pictures_in_the_folder_are_no_other_run(place, cfg):
+    put_run(place, cfg, 3)
+    training_folders.put(place.root / "input" / "pets", {"invariant/new.png": training_folders.noise(99)})
+    with background.locked(place.folder):
+        assert "mine is being trained" in execute().args[1]
 
 
 def test_a_run_that_was_stopped_or_wants_more_steps_goes_on(place, cfg):
@@ -287,7 +372,24 @@ def test_a_run_is_shown_with_losses_and_its_newest_preview(place, cfg):
         )
     out = FlexIPTrainingStatus.execute(" mine ", "look")
     assert torch.equal(out.args[2], torch.tensor([0.0, 1.0, 0.0]).expand(1, 90, 700, 3))
-    assert len(out.ui["images"]) == 2
+    assert sizes_of(out) == [train.PLOT, (700, 90)], "each fills its own picture"
+
+
+def sizes_of(out) -> list[tuple[int, int]]:
+    temp = Path(folder_paths.get_temp_directory())
+    return [Image.open(temp / saved["subfolder"] / saved["filename"]).size for saved in out.ui["images"]]
+
+
+def test_the_nodes_show_their_reports_on_themselves(place, monkeypatch):
+    shown = []
+    monkeypatch.setattr(notices, "send", lambda text, node: shown.append((text, node)))
+    for node in (FlexIPTrain, FlexIPTrainingStatus):
+        monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=node.__name__, prompt=None, extra_pnginfo=None))
+        assert io.Hidden.unique_id in node.define_schema().hidden
+    report = execute().args[1]
+    put_run(place, place.started.pop()[0], 3)
+    status = FlexIPTrainingStatus.execute("mine", "look").args[0]
+    assert shown == [(report, "FlexIPTrain"), (status, "FlexIPTrainingStatus")]
 
 
 def test_stopping_asks_and_says_what_comes(place, cfg):
@@ -309,10 +411,3 @@ def test_the_plot_has_a_line_per_kind_that_was_seen():
     assert BLUE in colours(train.loss_plot(one)) and ORANGE not in colours(train.loss_plot(one))
     assert not {BLUE, ORANGE} & colours(train.loss_plot(())), "nothing logged yet"
     assert train.loss_plot(both[:1]).shape == train.loss_plot(()).shape
-
-
-def test_pictures_of_different_sizes_lie_on_grey_in_one_batch():
-    batch = train._same_size([torch.zeros(1, 4, 9, 3), torch.ones(1, 6, 5, 3)])
-    assert batch.shape == (2, 6, 9, 3)
-    assert batch[0, :4].max() == 0 and batch[0, 4:].unique().tolist() == [0.5]
-    assert batch[1, :, :5].min() == 1 and batch[1, :, 5:].unique().tolist() == [0.5]
