@@ -18,11 +18,12 @@ from . import space
 from .adapters import BlockKV
 from .attention import Branch
 from .gate import Place, gated_branches, stack_rows
+from .kept import Kept, bytes_of
 from .link import Branches, Call, Counters, Entry, Link, Own, Row, Setting
 from .reference import Reference, ReferenceSet, as_set, combined, row_strength
 from .schedule import GateBatch, GateCurve
 
-LAYOUTS = 4  # assembled layouts kept per link: positive and negative, together or apart, in a window or two
+LAYOUTS = 4  # kept at least per link: positive and negative, together or apart, and a second gate or window
 
 
 class LinkRun:
@@ -37,9 +38,9 @@ class LinkRun:
         self.entries: list[Entry] = []
         self.kv: list[list[dict[str, BlockKV]]] = []  # per entry, per reference: adapter -> block -> K, V on the CPU
         self.counters = Counters()
-        self._stacked: dict[Call, dict[str, list[dict[str, Branch]]]] = {}
-        self._places: dict[Call, list[dict[int, Place]]] = {}
-        self._assembled: dict[Call, tuple[tuple[float, ...], Branches, str]] = {}
+        self._stacked = Kept(LAYOUTS * len(link.network.block_widths))  # by call and block
+        self._places = Kept(LAYOUTS)
+        self._assembled = Kept(LAYOUTS)
 
     def active_at(self, sigma: float | None) -> bool:
         return self.always or self.window[1] <= sigma <= self.window[0]
@@ -67,7 +68,7 @@ class LinkRun:
         """Tokens per adapter as projected, of the entry with the most of them."""
         first = next(iter(self.link.network.block_widths))
         return " + ".join(
-            str(max(sum(kv[name][first][0].shape[1] for kv in parts) for parts in self.kv))
+            str(max((sum(kv[name][first][0].shape[1] for kv in parts) for parts in self.kv), default=0))
             for name in self.link.network.adapters
         )
 
@@ -151,14 +152,14 @@ class LinkRun:
         return len(references.references) if references.combine == "one per region" else 1
 
     def branches(self, call: Call, sigma: float | None) -> tuple[Branches, str]:
-        """{(position, address): branches} for one UNet call and the name of their structure; the last few layouts are kept on the device."""
+        """{(position, address): branches} for one UNet call and the name of their structure."""
         gates = self._row_gates(call.rows, sigma)
         kept = self._assembled.get(call)
         if kept is None or kept[0] != gates:
-            _make_room(self._assembled, call)
             branches = self._assemble(call, gates)
-            self._assembled[call] = gates, branches, _structure(self, branches)
-        return self._assembled[call][1:]
+            kept = gates, branches, _structure(self, branches)
+            self._assembled.put(call, kept, bytes_of(itertools.chain(*branches.values())))
+        return kept[1:]
 
     def _assemble(self, call: Call, gates: tuple[float, ...]) -> Branches:
         network, depth = self.link.network, self.link.depth
@@ -192,13 +193,11 @@ class LinkRun:
         """Per branch: adapter -> K, V of all rows. Kept on the device only where the gate will change."""
         if not self.changes:
             return self._stack_now(call, address, counts)
-        if call not in self._stacked:
-            _make_room(self._stacked, call)
-            self._stacked[call] = {}
-        by_address = self._stacked[call]
-        if address not in by_address:
-            by_address[address] = self._stack_now(call, address, counts)
-        return by_address[address]
+        kept = self._stacked.get((call, address))
+        if kept is None:
+            kept = self._stack_now(call, address, counts)
+            self._stacked.put((call, address), kept, bytes_of(branch for part in kept for branch in part.values()))
+        return kept
 
     def _stack_now(self, call: Call, address: str, counts: int) -> list[dict[str, Branch]]:
         # neighbouring rows of one conditioning go together
@@ -224,10 +223,11 @@ class LinkRun:
         """Per branch: level -> the masks on that grid. Empty without masks."""
         if not self.has_masks:
             return [{}] * counts
-        if call not in self._places:
-            _make_room(self._places, call)
-            self._places[call] = [self._place(call, number) for number in range(counts)]
-        return self._places[call]
+        kept = self._places.get(call)
+        if kept is None:
+            kept = [self._place(call, number) for number in range(counts)]
+            self._places.put(call, kept, bytes_of(place for levels in kept for place in levels.values()))
+        return kept
 
     def _place(self, call: Call, number: int) -> dict[int, Place]:
         strength = _all_rows_alike(_product(self._shown(self.link.mask, call), self._regions(call, number)))
@@ -268,11 +268,6 @@ def _product(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | N
 def _all_rows_alike(maps: torch.Tensor | None) -> torch.Tensor | None:
     """One row for all of them where they are equal."""
     return maps if maps is None or len(maps) == 1 or not (maps[1:] == maps[:1]).all() else maps[:1]
-
-
-def _make_room(kept: dict, key: Any) -> None:
-    while len(kept) >= LAYOUTS and key not in kept:
-        kept.pop(next(iter(kept)))
 
 
 class Run:

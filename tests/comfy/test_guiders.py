@@ -260,8 +260,10 @@ def test_a_prompt_of_another_checkpoints_clip_is_a_sentence(model, network):
 
 
 def test_many_prompts_over_time_keep_a_bounded_number_of_layouts_on_the_device(model, network, monkeypatch):
+    from flexip_pack.flexip_core import kept
     from flexip_pack.flexip_core import run as core_run
 
+    monkeypatch.setattr(kept, "ROOM", 0)
     most = []
     original = core_run.LinkRun.branches
     monkeypatch.setattr(
@@ -271,3 +273,11 @@ def test_many_prompts_over_time_keep_a_bounded_number_of_layouts_on_the_device(m
     schedule = [part for i in range(10) for part in setter.set_range(tiny.cond(20 + i), i / 10, (i + 1) / 10)[0]]
     tiny.ksample(runtime.attach(model, tiny.link_for(network, tiny.tiny_reference())), schedule, N, steps=10)
     assert len(most) == 10 and max(most) == core_run.LAYOUTS
+
+
+def test_no_prompts_at_all_sample_as_without_flexip(model, network):
+    """What ComfyUI itself accepts must not be lost in the report."""
+    gated, reports = runtime.attach(model, tiny.link_for(network, tiny.tiny_reference())), []
+    gated.model_options["transformer_options"][runtime.LISTENER] = reports.append
+    assert torch.equal(tiny.ksample(gated, [], []), tiny.ksample(model, [], []))
+    assert "this gate changed nothing in this run" in reports[0]

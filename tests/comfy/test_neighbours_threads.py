@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from comfy.patcher_extension import WrappersMP
+from flexip_pack.flexip_core import kept
 from flexip_pack.flexip_core.link import Call, Entry
 from flexip_pack.flexip_core.link import Row as CallRow
 from flexip_pack.flexip_core.run import LAYOUTS, LinkRun, Run
@@ -39,6 +40,7 @@ def sample(model: Any) -> torch.Tensor:
 
 def test_threads_of_one_run_do_not_take_each_others_layouts_away(model, link, monkeypatch):
     """Two GPUs ask for more layouts than are kept; a thread's own must still be there when it comes to return it."""
+    monkeypatch.setattr(kept, "ROOM", 0)
     run = Run([LinkRun(link, 0, 100.0, 0.0)])
     run.prepare([Entry(P[0][0], False)], torch.float32, lambda link_run: tiny.CPU)
     calls = [Call((CallRow(0, item),), 8, 8, tiny.CPU, torch.float32) for item in range(3 * LAYOUTS)]

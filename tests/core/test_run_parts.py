@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from flexip_core import kept
 from flexip_core.attention import Branch, attention, block_grid, decoupled_attention, per_token, place_gated_attention
 from flexip_core.gate import Place, gated_branches, join_masks, stack_rows
 from flexip_core.link import Call, Entry, Link, Own, Row, Setting
@@ -161,18 +163,49 @@ def test_each_row_of_a_call_gets_what_it_would_get_alone(link, owns, call, sigma
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(LINKS, min_size=1, max_size=2), st.lists(st.tuples(CALLS, SIGMAS), min_size=2, max_size=8))
-def test_no_call_gets_what_was_kept_for_another(links, calls):
+@given(
+    st.lists(LINKS, min_size=1, max_size=2),
+    st.lists(st.tuples(CALLS, SIGMAS), min_size=2, max_size=8),
+    st.sampled_from([0, kept.ROOM]),
+)
+def test_no_call_gets_what_was_kept_for_another(links, calls, room):
     run = run_of(links)
     for call, sigma in calls:
         call = call_of(*call)
-        got, name = run.assemble(call, sigma)
+        with mock.patch.object(kept, "ROOM", room):
+            got, name = run.assemble(call, sigma)
         expected, fresh = run_of(links).assemble(call, sigma)
         assert name == fresh and got.keys() == expected.keys()
         for key in got:
             for a, b in zip(got[key], expected[key], strict=True):
                 assert all((x is None) == (y is None) and (x is None or torch.equal(x, y)) for x, y in zip(a, b))
-    assert all(len(link._assembled) <= LAYOUTS for link in run.links)
+    assert room or all(len(link._assembled) <= LAYOUTS for link in run.links)
+
+
+def test_layouts_that_come_in_turns_are_assembled_once(monkeypatch):
+    """Eight areas or context windows, step after step; without room the last used four stay."""
+    link = Link(NETWORKS["outputs"], None, REFERENCES[0], (0.4,))
+    calls = [call_of([(0, item)], False) for item in range(2 * LAYOUTS)]
+    for room, expected in ((kept.ROOM, len(calls)), (0, 3 * len(calls))):
+        monkeypatch.setattr(kept, "ROOM", room)
+        run, made = run_of([link]), []
+        assemble = run.links[0]._assemble
+        run.links[0]._assemble = lambda *args: (made.append(args), assemble(*args))[1]
+        for call in 3 * calls:
+            run.assemble(call, None)
+        assert len(made) == expected
+
+
+def test_what_is_kept_is_bounded_by_bytes_and_the_last_used_stay(monkeypatch):
+    monkeypatch.setattr(kept, "ROOM", 100)
+    values = kept.Kept(least=2)
+    for key, size in (("a", 40), ("b", 40), ("c", 20)):
+        values.put(key, key, size)
+    assert values.get("a") == "a" and len(values) == 3
+    values.put("d", "d", 30)
+    assert [values.get(key) for key in "abcd"] == ["a", None, "c", "d"] and values.bytes == 90
+    values.put("a", "new", 1000)
+    assert values.get("a") == "new" and len(values) == 2 and values.get("d") == "d"
 
 
 def structure(branches):

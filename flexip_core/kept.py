@@ -1,0 +1,41 @@
+"""What a run keeps of the layouts that the UNet is called with: areas, context windows and tiles come in turns."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+ROOM = 512 * 2**20  # bytes
+
+
+class Kept:
+    """Values by key, the last used ones: `least` of them, more while all fit into ROOM bytes."""
+
+    def __init__(self, least: int):
+        self.least, self.bytes = least, 0
+        self._values: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: Any) -> Any:
+        if key not in self._values:
+            return None
+        self._values.move_to_end(key)
+        return self._values[key][0]
+
+    def put(self, key: Any, value: Any, size: int) -> None:
+        _, before = self._values.pop(key, (None, 0))
+        self.bytes += size - before
+        self._values[key] = value, size
+        while len(self._values) > self.least and self.bytes > ROOM:
+            _, (_, gone) = self._values.popitem(last=False)
+            self.bytes -= gone
+
+
+def bytes_of(parts: Iterable[tuple]) -> int:
+    """Of all tensors in these named tuples."""
+    return sum(value.nbytes for part in parts for value in part if isinstance(value, torch.Tensor))
