@@ -347,9 +347,13 @@ def refuse_inputs_in(more: dict[str, Any], task: dict[str, Any]) -> None:
     """Settings of a workflow from elsewhere choose neither where the run writes nor which code it runs or files it reads."""
     inner = more.get("task")
     names = [name for name in ("folder",) if name in more]
-    names += [f"[task] {name}" for name in task if isinstance(inner, dict) and name in inner]
+    names += [
+        f"[task] {name}"
+        for name, value in (inner if isinstance(inner, dict) else {}).items()
+        if name in task or not isinstance(value, (bool, int, float))  # what names a file or a function is a text
+    ]
     if names:
-        raise ValueError(f"settings must not hold {', '.join(names)}; the node's inputs say that.")
+        raise ValueError(f"settings must not hold {', '.join(names)}; in a graph only the node's inputs choose files.")
 
 
 def merged(chosen: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
