@@ -56,6 +56,7 @@ class Link:
     gate_mask: torch.Tensor | None = None  # factor of the gate
     depth: Mapping[str, Mapping[str, float]] | None = None  # adapter -> block address -> factor of the strength
     strengths: tuple[float, ...] = ()  # one per row of the batch, instead of `strength`
+    over_prompts: bool = False  # the gates of a sweep: they count for prompts that bring their own, too
 
     @property
     def silent(self) -> bool:

@@ -151,7 +151,7 @@ class FlexIPAutoGate(io.ComfyNode):
         check_numbers(NODE, 0, 100, cfg=cfg)
         scorers.check_pictures(reference_image, "reference_image", NODE)
         scorer = scorers.identity_scorer(clip_vision, dino, NODE, links[-1].network.needs())
-        latent = {"samples": latent_image["samples"][:1]}
+        latent = first_of(latent_image)
 
         def measure(gates: tuple[float, ...]) -> np.ndarray:
             """(noises, gates)"""
@@ -160,7 +160,7 @@ class FlexIPAutoGate(io.ComfyNode):
             for number in range(noises):
                 result = sample(
                     gated,
-                    seed + number,
+                    (seed + number) % 2**64,
                     steps,
                     cfg,
                     sampler_name,
@@ -191,10 +191,21 @@ class FlexIPAutoGate(io.ComfyNode):
         )
 
 
+def first_of(latent: dict) -> dict:
+    """Its first latent, with that one's mask and noise."""
+    first = {**latent, "samples": latent["samples"][:1]}
+    if "batch_index" in latent:
+        first["batch_index"] = latent["batch_index"][:1]
+    if "noise_mask" in latent:
+        mask = latent["noise_mask"]
+        first["noise_mask"] = mask.reshape(-1, 1, *mask.shape[-2:])[:1]
+    return first
+
+
 def with_gates(model: Any, gates: tuple[float, ...]) -> Any:
     """The model with these gates in place of the last link's."""
     links = runtime.links_of(model)
-    return runtime.with_links(model, (*links[:-1], dataclasses.replace(links[-1], gates=gates)))
+    return runtime.with_links(model, (*links[:-1], dataclasses.replace(links[-1], gates=gates, over_prompts=True)))
 
 
 def in_words(

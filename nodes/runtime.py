@@ -171,7 +171,10 @@ def _own(entry: dict[str, Any], links: tuple[Link, ...]) -> dict[int, Own]:
             "Wire the same adapters into its Encode Reference."
         )
     acting = [position for position in fitting if not links[position].silent]
-    return {position: Own(own.reference, own.gates, own.strength) for position in acting[-1:]}
+    return {
+        position: Own(own.reference, links[position].gates if links[position].over_prompts else own.gates, own.strength)
+        for position in acting[-1:]
+    }
 
 
 def _text(entry: dict[str, Any], links: tuple[Link, ...]) -> torch.Tensor:

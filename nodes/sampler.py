@@ -148,7 +148,7 @@ class FlexIPSampler(io.ComfyNode):
         rows = [cell for cell in grid for _ in range(len(latent_image["samples"]))]
         last = links[-1]
         if values:
-            last = dataclasses.replace(last, gates=tuple(value for _, value in rows))
+            last = dataclasses.replace(last, gates=tuple(value for _, value in rows), over_prompts=True)
         if amounts:
             last = dataclasses.replace(last, strengths=tuple(amount for amount, _ in rows))
         links = (*links[:-1], last)

@@ -6,9 +6,11 @@ import pytest
 import tiny
 import torch
 from flexip_pack.flexip_core import auto_gate
+from flexip_pack.nodes import auto_gate as auto_gate_node
 from flexip_pack.nodes import runtime, scorers
 from flexip_pack.nodes import sampler as sampler_node
 from flexip_pack.nodes.auto_gate import SCORE, SHARE, FlexIPAutoGate
+from flexip_pack.nodes.own import FlexIPConditioning
 
 P, N = tiny.cond(1), tiny.cond(2)
 PICTURE = torch.rand(1, 16, 16, 3)
@@ -36,6 +38,10 @@ class Closeness:
         return tuple(((image - low) * way).sum().item() / (way * way).sum().item() for image in images), self.label
 
 
+class Seen(Exception):
+    """Ends a run where it is seen."""
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny.tiny_model()
@@ -61,17 +67,17 @@ def scorer(gated, monkeypatch):
     return found
 
 
-def run(model, target=0.5, target_is=SCORE, noises=2, latent=None):
+def run(model, target=0.5, target_is=SCORE, noises=2, latent=None, positive=P, seed=5):
     return FlexIPAutoGate.execute(
         model,
-        P,
+        positive,
         N,
         latent or {"samples": torch.zeros(1, 4, 8, 8)},
         FakeVae(),
         PICTURE,
         target,
         target_is,
-        5,
+        seed,
         3,
         noises,
         5.0,
@@ -136,3 +142,36 @@ def test_models_that_no_gate_can_change_are_a_sentence(model, gated, scorer):
     silent = runtime.attach(model, tiny.link_for(tiny.tiny_network(model), tiny.tiny_reference(), 0.6, strength=0.0))
     with pytest.raises(ValueError, match="FlexIPAutoGate.*strength 0"):
         run(silent)
+
+
+def test_the_gate_is_looked_for_and_set_in_prompts_that_bring_their_own(gated, scorer):
+    """Their own gate would make a curve that is flat, and the model that comes out would not have the gate that was found."""
+    positive = FlexIPConditioning.execute(P, 0.3, 1.0).args[0]
+    plain, plain_gate, *_ = run(gated)
+    model, gate, *_ = run(gated, positive=positive)
+    assert gate == plain_gate and 0.0 < gate < 1.0
+    pictures = [tiny.ksample(one, prompt, N) for one, prompt in ((plain, P), (model, P), (model, positive))]
+    assert torch.equal(pictures[0], pictures[1]) and torch.equal(pictures[1], pictures[2])
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (2, 1, 8, 8)])
+def test_the_short_runs_are_of_the_first_latent_with_its_mask_and_noise(gated, scorer, monkeypatch, shape):
+    seen = []
+
+    def sample(*args):
+        seen.append(args[8])
+        raise Seen
+
+    monkeypatch.setattr(auto_gate_node, "sample", sample)
+    mask = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+    latent = {"samples": torch.randn(2, 4, 8, 8), "noise_mask": mask, "batch_index": [7, 9]}
+    with pytest.raises(Seen):
+        run(gated, latent=latent)
+    assert torch.equal(seen[0]["samples"], latent["samples"][:1]) and seen[0]["batch_index"] == [7]
+    assert torch.equal(seen[0]["noise_mask"], mask.reshape(-1, 1, 8, 8)[:1]) and latent["batch_index"] == [7, 9]
+
+
+def test_the_largest_seed_counts_on_from_zero(gated, monkeypatch):
+    ends = [(picture(gated, 0.0, seed), picture(gated, 1.0, seed)) for seed in (2**64 - 1, 0)]
+    monkeypatch.setattr(scorers, "identity_scorer", lambda *args: Closeness(ends))
+    assert 0.0 < run(gated, seed=2**64 - 1)[1] < 1.0

@@ -5,6 +5,7 @@ import tiny
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from flexip_pack.nodes import runtime
+from flexip_pack.nodes.own import FlexIPConditioning
 from flexip_pack.nodes.sampler import FlexIPSampler, noise_sampler
 
 import nodes
@@ -31,9 +32,9 @@ def latent(batch=1, **extra):
     return {"samples": torch.zeros(batch, 4, 8, 8), **extra}
 
 
-def run(model, gates="", sampler="euler", latent_image=None, steps=3, denoise=1.0, vae=None, seed=11):
+def run(model, gates="", sampler="euler", latent_image=None, steps=3, denoise=1.0, vae=None, seed=11, positive=P):
     return FlexIPSampler.execute(
-        model, seed, steps, 5.0, sampler, "normal", P, N, latent_image or latent(), denoise, gates, vae
+        model, seed, steps, 5.0, sampler, "normal", positive, N, latent_image or latent(), denoise, gates, vae
     ).args
 
 
@@ -199,3 +200,12 @@ def test_progress_and_live_preview_come_as_from_ksampler(gated, monkeypatch):
     shown.clear()
     ksampler(gated)
     assert ours == shown == [(1, 3, True), (2, 3, True), (3, 3, True)]
+
+
+def test_a_sweep_shows_its_gates_in_prompts_that_bring_their_own(gated):
+    own = FlexIPConditioning.execute(P, 0.3, 1.0).args[0]
+    swept = run(gated, "0, 0.5, 1", positive=own)
+    assert torch.equal(swept[0]["samples"], run(gated, "0, 0.5, 1")[0]["samples"])
+    assert "brought their own reference or gate (gate 0, 0.5, 1)" in swept[2]
+    alone = run(gated, positive=own)[0]["samples"]  # without a sweep the prompt's own gate counts
+    assert tiny.relative_error(alone, run(gated)[0]["samples"]) > 1e-3
