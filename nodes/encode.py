@@ -11,7 +11,7 @@ from ..flexip_core import images
 from ..flexip_core.encoders import image_size
 from ..flexip_core.reference import Reference
 from ..flexip_core.space import as_masks
-from . import encoders
+from . import encoders, files
 from .compat import KEEP_PREVIEW
 from .load import LoadedAdapters
 from .types import CATEGORY, FlexIPAdapters, FlexIPReference
@@ -64,6 +64,11 @@ class EncodeReference(io.ComfyNode):
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> list:
+        """With auto the encoders depend on what is in the folder, and it is here that they are looked up, not in LoadFlexIPAdapters."""
+        return files.state_of(files.ENCODER_FOLDER)
 
     @classmethod
     def execute(

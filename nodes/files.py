@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import folder_paths
 
@@ -47,6 +48,23 @@ def path_of(folder: str, name: str, node: str) -> str:
             f"{node}: there is no file {shown(name)} in {searched(folder)}. Files found there: {listed(names(folder))}."
         )
     return path
+
+
+def state_of(folder: str) -> list[tuple[str, int, int]]:
+    """Name, time and size of every file, for ComfyUI's cache: whoever looks a file up by its contents depends on all of them.
+
+    Never raises: a folder or a file that cannot be read is left out, and running the node says what is wrong.
+    """
+    try:
+        paths = {name: folder_paths.get_full_path(folder, name) for name in names(folder)}
+    except OSError:  # a folder that ComfyUI remembers is gone
+        return []
+    found = []
+    for name, path in paths.items():
+        with suppress(OSError, TypeError):  # gone in between, or a link that leads nowhere, which has no path
+            status = os.stat(path)
+            found.append((name, status.st_mtime_ns, status.st_size))
+    return found
 
 
 def searched(folder: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 import comfy.sd1_clip
@@ -97,12 +96,7 @@ class FlexIPScore(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, clip_vision: str = files.AUTO, dino: str = files.AUTO, **_: Any) -> list:
-        """A file that came into the folder, or changed, makes new scores; only the folder counts, whatever is chosen."""
-        if {clip_vision, dino} <= {scorers.NONE}:
-            return []
-        names = files.names(files.ENCODER_FOLDER)
-        paths = [files.path_of(files.ENCODER_FOLDER, name, NODE) for name in names]
-        return [(name, os.stat(path).st_mtime_ns) for name, path in zip(names, paths)]
+        return scorers.fingerprint(clip_vision, dino)
 
     @classmethod
     def execute(

@@ -47,6 +47,11 @@ def find(role: str, choice: str, node: str) -> ScorerFile:
     raise ValueError(f"no file in {files.searched(files.ENCODER_FOLDER)} is {_WANTED[role]}. Looked at: {looked}.")
 
 
+def fingerprint(clip_vision: str | None, dino: str | None) -> list:
+    """For ComfyUI's cache: a file that came into the folder, or changed, makes new scores; only the folder counts, whatever is chosen."""
+    return [] if clip_vision == dino == NONE else files.state_of(files.ENCODER_FOLDER)
+
+
 class ImageScorer:
     """The image tower of a scorer file. It lives as long as this object; ComfyUI moves it to the GPU and back."""
 

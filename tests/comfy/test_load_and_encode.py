@@ -250,6 +250,44 @@ def test_a_changed_file_is_loaded_again(mini_models):
     assert LoadFlexIPAdapters.fingerprint_inputs(**arguments) != before
 
 
+def test_every_change_in_the_encoders_folder_encodes_again(mini_models):
+    """ComfyUI keeps a reference as long as the fingerprint is the same. It passes None for whatever is wired, here in lists."""
+    folder = mini_models / files.ENCODER_FOLDER
+    seen = []
+
+    def changed():
+        got = EncodeReference.fingerprint_inputs(adapters=[None], image=[None], crop=["center"])
+        assert got == EncodeReference.fingerprint_inputs(adapters=[None], image=[None], crop=["pad"])
+        seen.append(got)
+        return got not in seen[:-1]
+
+    changed()
+    os.utime(folder / mini.MINI_CLIP_FILE, (1, 1))
+    assert changed(), "a file was replaced"
+    time = os.stat(folder / mini.MINI_DINO_FILE).st_mtime_ns
+    with (folder / mini.MINI_DINO_FILE).open("ab") as file:
+        file.write(b" ")
+    os.utime(folder / mini.MINI_DINO_FILE, ns=(time, time))
+    assert changed(), "a file was replaced by one of the same age"
+    (folder / "a" / "b").mkdir(parents=True)
+    save_file({"x": torch.zeros(2)}, folder / "a" / "b" / "aaa.safetensors")
+    folder_paths.filename_list_cache.clear()
+    assert changed(), "a file was added"
+
+
+def test_a_broken_encoders_folder_is_no_error_before_the_node_runs(mini_models):
+    folder = mini_models / files.ENCODER_FOLDER
+    expected = files.state_of(files.ENCODER_FOLDER)
+    assert [name for name, *_ in expected] == sorted([mini.MINI_CLIP_FILE, mini.MINI_DINO_FILE])
+    if os.name == "posix":
+        os.symlink(mini_models / "gone", folder / "broken.safetensors")
+        folder_paths.filename_list_cache.clear()
+        assert "broken.safetensors" in files.names(files.ENCODER_FOLDER)
+        assert files.state_of(files.ENCODER_FOLDER) == expected
+    folder.rename(mini_models / "elsewhere")
+    assert files.state_of(files.ENCODER_FOLDER) == []
+
+
 def test_loading_keeps_the_files_precision(mini_models):
     dtypes = {p.dtype for p in load(mini.MINI_FLEXIP).network.parameters()}
     assert (

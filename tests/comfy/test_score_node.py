@@ -13,6 +13,7 @@ from flexip_pack.flexip_core import mini, scorer_files
 from flexip_pack.flexip_core.config import FeatureNeed
 from flexip_pack.flexip_core.text_tower import tokenize
 from flexip_pack.nodes import files, score, scorers
+from flexip_pack.nodes.auto_gate import FlexIPAutoGate
 from flexip_pack.nodes.score import FlexIPScore
 from PIL import Image
 from safetensors.torch import save_file
@@ -308,6 +309,14 @@ def test_a_changed_folder_scores_again(minis):
     full_clip(minis)
     assert FlexIPScore.fingerprint_inputs(clip_vision="auto", dino="auto") != before
     assert FlexIPScore.fingerprint_inputs(clip_vision="none", dino="none") == []
+
+
+def test_auto_gate_searches_again_after_the_same_changes(minis):
+    ask = FlexIPAutoGate.fingerprint_inputs
+    before = ask(clip_vision="auto", dino="auto", model=None, target=0.5)
+    assert ask(clip_vision="auto", dino=None) == before and ask(clip_vision="none", dino="none") == []
+    full_clip(minis)
+    assert ask(clip_vision="auto", dino="auto") != before
 
 
 def test_inputs_match_execute_and_every_socket_has_a_tooltip(minis):
