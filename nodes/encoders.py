@@ -85,13 +85,18 @@ def features(
         mm.load_models_gpu([patcher], memory_required=_memory(pictures), force_full_load=True)
         run, source = _tower_runner(need, patcher.model), os.path.basename(path)
     mean, std = encoders.statistics(need.encoder)
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        mm.throw_exception_if_processing_interrupted()
+        return run(pixels).float().cpu()
+
     with torch.no_grad():
         pixels = images.normalise(pictures, mean, std)
-        feature = torch.cat([run(chunk).float().cpu() for chunk in pixels.split(CHUNK)])
+        feature = torch.cat([encode(chunk) for chunk in pixels.split(CHUNK)])
         null = (
             torch.zeros_like(feature)
             if need.null == "zeros"
-            else run(torch.zeros_like(pixels[:1])).float().cpu().expand_as(feature)
+            else encode(torch.zeros_like(pixels[:1])).expand_as(feature)
         )
     if not (images.finite(feature) and images.finite(null)):
         raise ValueError(

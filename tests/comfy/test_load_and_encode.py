@@ -15,7 +15,7 @@ from flexip_pack.flexip_core import mini
 from flexip_pack.flexip_core.adapters import FlexIPNetwork
 from flexip_pack.flexip_core.checkpoint import save_checkpoint
 from flexip_pack.flexip_core.config import ClipConfig, DinoConfig
-from flexip_pack.nodes import files
+from flexip_pack.nodes import encoders, files
 from flexip_pack.nodes.encode import EncodeReference
 from flexip_pack.nodes.load import LoadFlexIPAdapters
 from safetensors.torch import load_file, save_file
@@ -240,6 +240,27 @@ def test_adapters_and_encoders_are_under_comfyuis_memory_manager(mini_models):
     assert [id(p) for p in again.towers.values()] == [id(p) for p in adapters.towers.values()], (
         "one encoder file is held once"
     )
+
+
+def test_an_interrupt_stops_the_encoding_of_many_pictures(mini_models, monkeypatch):
+    """As by the Cancel button while the first of them are with the first encoder."""
+    passes = []
+
+    def runner(need, tower):
+        def run(pixels):
+            passes.append(need.name)
+            mm.interrupt_current_processing()
+            return tower(pixels)
+
+        return run
+
+    monkeypatch.setattr(encoders, "_tower_runner", runner)
+    try:
+        with pytest.raises(mm.InterruptProcessingException):
+            encode(load(mini.MINI_FLEXIP), picture(batch=40))
+    finally:
+        mm.interrupt_current_processing(False)
+    assert len(passes) == 1
 
 
 def test_a_changed_file_is_loaded_again(mini_models):
