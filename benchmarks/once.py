@@ -7,7 +7,6 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from flexip_pack.flexip_core.reference import kv_bytes
 from flexip_pack.nodes import runtime
 from flexip_pack.nodes.apply import check_base
 from models import Bench
@@ -49,5 +48,5 @@ def _projections(bench: Bench, loaded: tuple, positive: int = 1, **settings: Any
 def _kv_megabytes(bench: Bench, network: Any) -> float:
     """Preservation and personalization for the positive prompt, from the cache that the runs above filled."""
     entries = bench.reference.cache._entries[network]
-    chosen = {key[0]: kv for key, kv in entries.items() if not key[1]}
-    return sum(map(kv_bytes, chosen.values())) / MB
+    chosen = {key[0]: kept.size for key, kept in entries.items() if not key[1]}
+    return sum(chosen.values()) / MB

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+import threading
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -23,26 +24,53 @@ COMBINE = ("concatenate", "average", "one per batch item", "one per region")
 class ProjectionCache:
     """K and V that outlive a run, on the CPU, so that another gate, strength or seed projects nothing again.
 
-    Belongs to one reference and is freed with it, or with the network that made an entry. The least recently used entries go
-    when all entries of a network exceed `limit` bytes: what does not depend on the prompt is read in every run and stays.
+    Belongs to one reference and is freed with it, or with the network that made an entry. The caches of all references
+    share one budget: when they exceed `limit` bytes together, what was used longest ago goes, whosever it is.
     """
 
-    def __init__(self, limit: int = 512 * 2**20):
-        self.limit = limit
-        self._entries: WeakKeyDictionary[Any, OrderedDict[Hashable, BlockKV]] = WeakKeyDictionary()
+    limit = 512 * 2**20
+    _all: ClassVar[WeakSet[ProjectionCache]] = WeakSet()
+    _clock: ClassVar[Iterator[int]] = itertools.count()
+    _lock: ClassVar[threading.Lock] = threading.Lock()  # runs may be on several threads
+
+    def __init__(self) -> None:
+        self._entries: WeakKeyDictionary[Any, dict[Hashable, _Kept]] = WeakKeyDictionary()
+        with self._lock:
+            self._all.add(self)
 
     def get(self, network: Any, key: Hashable) -> BlockKV | None:
-        entries = self._entries.get(network)
-        if entries is None or key not in entries:
-            return None
-        entries.move_to_end(key)
-        return entries[key]
+        with self._lock:
+            kept = self._entries.get(network, {}).get(key)
+            if kept is None:
+                return None
+            kept.used = next(self._clock)
+            return kept.value
 
     def put(self, network: Any, key: Hashable, value: BlockKV) -> None:
-        entries = self._entries.setdefault(network, OrderedDict())
-        entries[key] = value
-        while len(entries) > 1 and sum(map(kv_bytes, entries.values())) > self.limit:
-            entries.popitem(last=False)
+        with self._lock:
+            self._entries.setdefault(network, {})[key] = _Kept(value, kv_bytes(value), next(self._clock))
+            self._make_room()
+
+    @classmethod
+    def _make_room(cls) -> None:
+        shelves = [entries for cache in cls._all for entries in cache._entries.values()]
+        total = sum(kept.size for entries in shelves for kept in entries.values())
+        if total <= cls.limit:
+            return
+        by_age = sorted(
+            (kept.used, number, key) for number, entries in enumerate(shelves) for key, kept in entries.items()
+        )
+        for _, number, key in by_age[:-1]:  # the newest stays, however large it is
+            total -= shelves[number].pop(key).size
+            if total <= cls.limit:
+                return
+
+
+@dataclass
+class _Kept:
+    value: BlockKV
+    size: int  # bytes
+    used: int  # when it was last used
 
 
 def kv_bytes(kv: BlockKV) -> int:
@@ -66,11 +94,13 @@ class Reference:
     def count(self) -> int:
         return next(iter(self.features.values())).shape[0]
 
-    @functools.cached_property
+    @property
     def pictures(self) -> tuple[Reference, ...]:
         """One reference per picture, always the same ones: their projections are kept with them."""
-        if self.count == 1:
-            return (self,)
+        return (self,) if self.count == 1 else self._apart
+
+    @functools.cached_property
+    def _apart(self) -> tuple[Reference, ...]:
         return tuple(
             Reference(
                 {name: value[i : i + 1] for name, value in self.features.items()},
