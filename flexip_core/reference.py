@@ -21,6 +21,14 @@ from .gate import stack_rows
 COMBINE = ("concatenate", "average", "one per batch item", "one per region")
 
 
+class Shared:
+    """A value that never changes: a deep copy is the value itself. Some packs copy models and conditionings whole, and neither
+    weights nor kept projections must follow."""
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return self
+
+
 class ProjectionCache:
     """K and V that outlive a run, on the CPU, so that another gate, strength or seed projects nothing again.
 
@@ -78,7 +86,7 @@ def kv_bytes(kv: BlockKV) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class Reference(Shared):
     """Features by the name the adapters ask for ("cls" (r, width), "patches" (r, p, width)), r pictures of one subject.
 
     `null` has the same names and shapes: what stands for "no reference" in the unconditional branch. Features rest on the CPU.
@@ -113,7 +121,7 @@ class Reference:
 
 
 @dataclass(frozen=True, eq=False)
-class ReferenceSet:
+class ReferenceSet(Shared):
     """Several references with a weight each, and how they become one.
 
     concatenate: all tokens in one softmax, a weight counts like that many copies of its reference (0: left out).

@@ -13,6 +13,7 @@ from comfy_api.v0_0_2 import io
 
 from ..flexip_core.checkpoint import is_flexip, load_checkpoint
 from ..flexip_core.ip_adapter import load_pair
+from ..flexip_core.reference import Shared
 from ..flexip_core.weights import read_header
 from . import encoders, files
 from .types import CATEGORY, FlexIPAdapters
@@ -21,7 +22,7 @@ NODE = "LoadFlexIPAdapters"
 
 
 @dataclass(frozen=True, eq=False)
-class LoadedAdapters:
+class LoadedAdapters(Shared):
     """What travels on FLEXIP_ADAPTERS; shared by every node that reads it. Only `towers` fills up, with encoders once they are used."""
 
     title: str

@@ -10,7 +10,7 @@ import node_helpers
 from comfy_api.v0_0_2 import io
 from comfy_execution.utils import get_executing_context
 
-from ..flexip_core.reference import Reference, ReferenceSet
+from ..flexip_core.reference import Reference, ReferenceSet, Shared
 from . import notices
 from .checks import check_numbers
 from .types import CATEGORY, FlexIPGate, FlexIPReference
@@ -21,7 +21,7 @@ REMINDER = "flexip_conditioning_without_apply_flexip_gate"  # key in its model_c
 
 
 @dataclass(frozen=True, eq=False)
-class OwnReference:
+class OwnReference(Shared):
     reference: Reference | ReferenceSet | None
     gates: Any
     strength: float

@@ -1,5 +1,6 @@
 """FlexIPConditioning: prompts that bring their own reference, gate and strength."""
 
+import copy
 import dataclasses
 import logging
 
@@ -233,6 +234,20 @@ def test_another_gate_of_a_prompt_projects_nothing_again(model, network):
     for gate in (0.2, 0.9):
         tiny.ksample(gated, own(P, gate, 0.3, other), N, steps=1)
     assert "K/V: 4 projected, 0 reused" in reports[0] and "K/V: 0 projected, 4 reused" in reports[1]
+
+
+def test_a_deep_copy_of_a_prompt_shares_its_reference_and_projects_nothing_again(model, network):
+    """As packs that edit conditionings make them; a reference holds up to hundreds of megabytes of kept K and V."""
+    several = combine_references([reference_for(network, seed) for seed in (10, 11)], (1.0, 1.0), "concatenate")
+    gated, reports = runtime.attach(model, spec(network).link()), []
+    gated.model_options["transformer_options"][runtime.LISTENER] = reports.append
+    for reference in (reference_for(network, 10), several):
+        assert copy.deepcopy(reference) is reference
+        positive = own(P, 0.2, 1.0, reference)
+        copied = copy.deepcopy(positive)
+        assert copied[0][0] is not positive[0][0] and copied[0][1]["flexip"] is positive[0][1]["flexip"]
+        first, second = (tiny.ksample(gated, prompt, N, steps=1) for prompt in (positive, copied))
+        assert torch.equal(first, second) and "K/V: 0 projected" in reports[-1]
 
 
 def test_a_reference_for_other_adapters_is_a_sentence(model, network):

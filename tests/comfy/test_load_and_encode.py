@@ -1,5 +1,6 @@
 """LoadFlexIPAdapters and EncodeReference: files found by content, encoders from files or from wired CLIP_VISION objects."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -261,6 +262,11 @@ def test_an_interrupt_stops_the_encoding_of_many_pictures(mini_models, monkeypat
     finally:
         mm.interrupt_current_processing(False)
     assert len(passes) == 1
+
+
+def test_a_deep_copy_of_the_adapters_is_no_second_network(mini_models):
+    adapters = load(mini.MINI_FLEXIP)
+    assert copy.deepcopy({"in": ["a dict", adapters]})["in"][1] is adapters
 
 
 def test_a_changed_file_is_loaded_again(mini_models):
