@@ -181,6 +181,33 @@ def test_the_preview_is_what_the_encoder_saw(mini_models):
     assert result.args[0].features["patches"].shape[1] == 256
 
 
+def test_the_preview_is_of_the_encoder_that_sees_most(mini_models):
+    from PIL import Image
+
+    for name, size in (("dino.safetensors", 280), ("clip.safetensors", 112)):
+        dino = dataclasses.replace(mini.MINI_DINO, image_size=size)
+        adapters_file(mini_models, name, clip=mini.MINI_CLIP, dino=dino)
+        result = encode(load(name), picture(batch=2))
+        shown = [Image.open(mini_models / saved["filename"]).size for saved in result.ui.values]
+        assert shown == [(max(size, 224),) * 2] * 2
+
+
+def test_each_picture_is_cut_by_its_own_mask(mini_models):
+    """Masks come as one batch or as a list; where there are fewer than pictures they repeat."""
+    adapters, scenes = load(mini.MINI_FLEXIP), picture(6, 80, 120, batch=3)
+    masks = torch.zeros(2, 80, 120)
+    masks[0, 5:25, 5:25] = 1
+    masks[1, 50:75, 80:115] = 1
+    alone = [encode(adapters, scenes[i : i + 1], "subject", masks[i % 2][None]).args[0] for i in range(3)]
+    wrong = encode(adapters, scenes[1:2], "subject", masks[:1]).args[0]
+    assert (wrong.features["cls"] - alone[1].features["cls"]).abs().max() > 1e-3
+    for given in ([masks], [masks[:1], masks[1:]]):
+        together = EncodeReference.execute([adapters], [scenes], ["subject"], given).args[0]
+        for name, value in together.features.items():
+            expected = torch.cat([reference.features[name] for reference in alone])
+            torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_the_subject_is_cut_out_by_a_mask_or_by_alpha(mini_models):
     adapters = load(mini.MINI_FLEXIP)
     scene = picture(6, 80, 120)
@@ -269,11 +296,22 @@ def test_a_deep_copy_of_the_adapters_is_no_second_network(mini_models):
     assert copy.deepcopy({"in": ["a dict", adapters]})["in"][1] is adapters
 
 
-def test_a_changed_file_is_loaded_again(mini_models):
-    arguments = dict(preservation=mini.MINI_FLEXIP, personalization="auto", clip_vision="auto", dino="auto")
+@pytest.mark.parametrize(
+    "role, folder, name",
+    [
+        ("preservation", "flexip", mini.MINI_FLEXIP),
+        ("personalization", "ipadapter", "second.safetensors"),
+        ("clip_vision", files.ENCODER_FOLDER, mini.MINI_CLIP_FILE),
+        ("dino", files.ENCODER_FOLDER, mini.MINI_DINO_FILE),
+    ],
+)
+def test_a_changed_file_is_loaded_again(mini_models, role, folder, name):
+    save_file({"x": torch.zeros(2)}, mini_models / "ipadapter" / "second.safetensors")
+    unchosen = dict(preservation=mini.MINI_FLEXIP, personalization="auto", clip_vision="auto", dino="auto")
+    arguments = {**unchosen, role: name}
     before = LoadFlexIPAdapters.fingerprint_inputs(**arguments)
     assert LoadFlexIPAdapters.fingerprint_inputs(**arguments) == before
-    os.utime(mini_models / "flexip" / mini.MINI_FLEXIP, (1, 1))
+    os.utime(mini_models / folder / name, (1, 1))
     assert LoadFlexIPAdapters.fingerprint_inputs(**arguments) != before
 
 

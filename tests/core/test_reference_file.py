@@ -196,6 +196,12 @@ def meta(**values):
     }
 
 
+def test_a_strangers_words_about_the_encoders_are_one_plain_line_too(path):
+    rewrite(path, **meta(encoders="CLIP\r\nfrom\x00 here\x1b[2J\u2028now\t\u202egpj" + "x" * 5000))
+    words = load_reference(path).encoders
+    assert words.startswith("CLIP from here [2J now gpjxxx") and words.isprintable() and len(words) == 1000
+
+
 def needs(change):
     """A change of the JSON in the metadata."""
 
