@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .attention import Branch
-from .reference import Reference, ReferenceSet
+from .reference import Reference, ReferenceSet, Shared
 from .schedule import GateBatch, GateCurve
 
 Gates = tuple[float, ...] | GateCurve | GateBatch
@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Link:
+class Link(Shared):
     """What one ApplyFlexIPGate adds to a model: immutable, shared by all clones of the model.
 
     `network` is a FlexIPNetwork (or whatever has its interface). `mask` and `gate_mask` (m, height, width) lie over the whole picture.
@@ -61,9 +61,6 @@ class Link:
     @property
     def silent(self) -> bool:
         return not any(self.strengths or (self.strength,))
-
-    def __deepcopy__(self, memo: dict) -> Link:
-        return self  # some packs copy model_options whole; the weights must not follow
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,8 @@ COMBINE = ("concatenate", "average", "one per batch item", "one per region")
 
 
 class Shared:
-    """A value that never changes: a deep copy is the value itself. Some packs copy models and conditionings whole, and neither
-    weights nor kept projections must follow."""
+    """Its deep copy is itself: some packs copy models, conditionings and the options of a run whole, and neither weights nor
+    kept projections must follow."""
 
     def __deepcopy__(self, memo: dict) -> Any:
         return self

@@ -20,7 +20,7 @@ from .attention import Branch
 from .gate import Place, gated_branches, stack_rows
 from .kept import Kept, bytes_of
 from .link import Branches, Call, Counters, Entry, Link, Own, Row, Setting
-from .reference import Reference, ReferenceSet, as_set, combined, row_strength
+from .reference import Reference, ReferenceSet, Shared, as_set, combined, row_strength
 from .schedule import GateBatch, GateCurve
 
 LAYOUTS = 4  # kept at least per link: positive and negative, together or apart, and a second gate or window
@@ -270,7 +270,7 @@ def _all_rows_alike(maps: torch.Tensor | None) -> torch.Tensor | None:
     return maps if maps is None or len(maps) == 1 or not (maps[1:] == maps[:1]).all() else maps[:1]
 
 
-class Run:
+class Run(Shared):
     """The state of one sampling run; an object, because ComfyUI copies dicts and lists per UNet call.
 
     `neighbours` counts the slots that also hold another node's patch (part of the structure that torch.compile must notice).
@@ -282,9 +282,6 @@ class Run:
         self.entries: list[Entry] = []
         self._untagged: dict[tuple, int] = {}
         self._lock = threading.Lock()  # ComfyUI's MultiGPU CFG split calls from one thread per device
-
-    def __deepcopy__(self, memo: dict) -> Run:
-        return self  # some packs copy the options whole while sampling
 
     @property
     def reads_sigma(self) -> bool:
