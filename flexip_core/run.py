@@ -20,7 +20,7 @@ from .attention import Branch
 from .gate import Place, gated_branches, stack_rows
 from .kept import Kept, bytes_of
 from .link import Branches, Call, Counters, Entry, Link, Own, Row, Setting
-from .reference import Reference, ReferenceSet, Shared, as_set, combined, row_strength
+from .reference import Reference, ReferenceSet, Shared, as_set, combined, kv_bytes, row_strength
 from .schedule import GateBatch, GateCurve
 
 LAYOUTS = 4  # kept at least per link: positive and negative, together or apart, and a second gate or window
@@ -71,6 +71,11 @@ class LinkRun:
             str(max((sum(kv[name][first][0].shape[1] for kv in parts) for parts in self.kv), default=0))
             for name in self.link.network.adapters
         )
+
+    def bytes_per_row(self) -> int:
+        """What K and V of one row of a call take on its device; twice where the gate changes, since it is folded in anew."""
+        most = max((sum(kv_bytes(kv) for part in parts for kv in part.values()) for parts in self.kv), default=0)
+        return 2 * most if self.changes else most
 
     def missing(self, entries: list[Entry], dtype: torch.dtype) -> bool:
         """True when projecting `entries` would need the network's weights."""
@@ -286,6 +291,9 @@ class Run(Shared):
     @property
     def reads_sigma(self) -> bool:
         return not all(link.always and not link.changes for link in self.links)
+
+    def bytes_per_row(self) -> int:
+        return sum(run.bytes_per_row() for run in self.links)
 
     def prepare(self, entries: list[Entry], dtype: torch.dtype, device_of: Callable[[LinkRun], torch.device]) -> None:
         """Project K and V of `entries` for every link; `device_of` loads the link's network and is called only if needed."""

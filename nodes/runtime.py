@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from typing import Any
 
@@ -61,6 +62,7 @@ def attach(model: Any, link: Link) -> Any:
             model.set_model_attn2_replace(patch, kind, number)
     if not links:
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+        model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, prepare_sampling)
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
         model.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, fork_patches)
     return model
@@ -104,6 +106,17 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     paragraphs = report.paragraphs(run, links, guider, sigmas=args[3], seconds=time.perf_counter() - started)
     notices.publish(paragraphs, links, options.get(LISTENER))
     return result
+
+
+def prepare_sampling(executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+    """ComfyUI makes room on the GPU for activations, by the size of the noise. K and V of every row need room, too, so the noise
+    is called so much wider. By a factor: with context windows there are fewer rows than in the noise."""
+    options = kwargs.get("model_options") or {}  # some packs call it with options of their own
+    run: Run | None = options.get("transformer_options", {}).get(RUN)
+    if run is not None and (bytes_per_row := run.bytes_per_row()):
+        activations = model.model.memory_required([1, *noise_shape[1:]])
+        noise_shape = [*noise_shape[:-1], math.ceil(noise_shape[-1] * (1 + bytes_per_row / activations))]
+    return executor(model, noise_shape, *args, **kwargs)
 
 
 def _start(guider: Any, links: tuple[Link, ...], latent: torch.Tensor, copies: int) -> Run:

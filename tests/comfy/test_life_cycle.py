@@ -1,5 +1,6 @@
 """What is loaded when: projection before the UNet, nothing of the adapters needed during the steps."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from flexip_pack.flexip_core import unet
 from flexip_pack.flexip_core.adapters import FlexIPNetwork
 from flexip_pack.flexip_core.link import Link
+from flexip_pack.flexip_core.schedule import GateCurve
 from flexip_pack.nodes import runtime
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -140,6 +142,30 @@ def test_a_second_run_with_another_gate_loads_no_adapter(monkeypatch):
     loads.clear()
     tiny.ksample(runtime.attach(model, tiny.link_for(network, reference, 0.1)), P, N, seed=5)
     assert loads == [["BaseModel"]]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("gates, times", [((0.6,), 1), (GateCurve(((0.0, 1.0), (1.0, 0.0)), "falling"), 2)])
+@pytest.mark.parametrize("links", [1, 2])
+def test_comfyui_makes_room_for_k_and_v_of_every_row(monkeypatch, batch, gates, times, links):
+    """Else a card is filled to the brim with the UNet, and a long sweep runs out of memory."""
+    model, asked, original = tiny.tiny_model(), [], mm.load_models_gpu
+
+    def load(models, memory_required=0, **kwargs):
+        asked.append(memory_required)
+        return original(models, memory_required=memory_required, **kwargs)
+
+    monkeypatch.setattr(mm, "load_models_gpu", load)
+    tiny.ksample(model, P, N, noise=tiny.noise_for(batch))
+    [bare] = asked
+    network, gated = tiny.tiny_network(model), model
+    for _ in range(links):
+        gated = runtime.attach(gated, dataclasses.replace(tiny.link_for(network, tiny.tiny_reference()), gates=gates))
+    tiny.ksample(gated, P, N, noise=tiny.noise_for(batch))
+    per_row = sum(network.block_widths.values()) * 2 * 4 * (7 + 77)  # K and V in float32, of 7 + 77 tokens
+    rows = 2 * batch  # of both prompts
+    column = bare / 8  # the noise is called wider by whole columns
+    assert 0 <= asked[-1] - bare - times * links * rows * per_row < column
 
 
 @pytest.mark.parametrize("base, most_mb", [("SD15", 6), ("SDXL", 40)])
