@@ -2,13 +2,18 @@
 
 torch's `weights_only` runs no code, but it allocates what a pickle claims: storages of any size in the old format, tensors
 larger than their storage, `torch.Tensor(2**40)`. Only what plain weights need passes here; the opcodes are those that torch
-reads, so that both read the same.
+reads, so that both read the same. For the same reason a zipped file must be packed in the one way that torch and Python's
+zipfile, which is used here, cannot understand differently.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
-from collections.abc import Callable, Mapping
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 _CODES = (
@@ -34,6 +39,7 @@ _BYTES = {
     "ComplexDouble": 16,
 }
 _LEGACY_PICKLES = 5  # magic number, protocol, machine, the data, names of the storages
+_PICKLE = "data.pkl"  # its name in a zipped file, in the one folder at the top
 
 
 class NotPlain(ValueError):
@@ -42,6 +48,10 @@ class NotPlain(ValueError):
 
 class FalseSize(ValueError):
     """Sizes that the file does not hold."""
+
+
+class NotAsTorchPacks(ValueError):
+    """A zipped file in which torch could find other contents than we do."""
 
 
 class _Name(NamedTuple):
@@ -59,13 +69,47 @@ class _Inert:
     """A tensor or another value that is not looked at."""
 
 
-def scan_record(record: BinaryIO, sizes: Mapping[str, int]) -> None:
-    """The pickle of a zipped file; `sizes` has the bytes that are there for each storage."""
-    scan = _Scan(record)
+def scan_zip(path: Path) -> None:
+    """The pickle of a zipped file, against the bytes that are there for each storage."""
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        folder = next(iter(sizes)).partition("/")[0] + "/"
+        if not _ends_after_its_list(file) or not _names_are_clear(archive.namelist(), folder):
+            raise NotAsTorchPacks
+        scan = _Scan(io.BytesIO(archive.read(folder + _PICKLE)))
     scan.load()
     for key, size in scan.claimed.items():
-        if size > sizes.get(key, -1):
+        if size > sizes.get(f"{folder}data/{key}", -1):
             raise FalseSize(key)
+
+
+def _names_are_clear(names: list[str], folder: str) -> bool:
+    """Torch looks into the folder of the first entry, without regard to case, and takes one of several equal names."""
+    inside = [name.removeprefix(folder).lower() for name in names if name.startswith(folder)]
+    pickles = [name for name in inside if name.endswith(_PICKLE)]
+    return (
+        len(names) == len(inside) == len(set(inside))
+        and all(name.isascii() for name in inside)  # others have two spellings in bytes
+        and pickles in ([], [_PICKLE])
+    )
+
+
+def _ends_after_its_list(file: BinaryIO) -> bool:
+    """The list of entries stands where the end of the file says, with nothing in between or behind.
+
+    Python's zipfile takes what is right before the end for the list, torch what the end points to.
+    """
+    list_end = file.seek(0, 2) - 22
+    file.seek(max(0, list_end - 76))
+    tail = file.read()
+    mark, length, start = struct.unpack("<4s8xLL2x", tail[-22:])
+    if tail[-42:-38] == b"PK\6\7":  # the end as torch writes it, for large files
+        list_end -= 76
+        (record,) = struct.unpack("<8xQ4x", tail[-42:-22])
+        large_mark, length, start = struct.unpack("<4s36xQQ", tail[-98:-42])
+        if (large_mark, record) != (b"PK\6\6", list_end):
+            return False
+    return mark == b"PK\5\6" and start + length == list_end
 
 
 def scan_legacy(file: Any, size: int) -> None:

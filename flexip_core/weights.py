@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -26,7 +25,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .pickles import FalseSize, NotPlain, scan_legacy, scan_record
+from .pickles import FalseSize, NotAsTorchPacks, NotPlain, scan_legacy, scan_zip
 
 # https://github.com/huggingface/safetensors#format: 8 bytes of header length, JSON header, data.
 _LENGTH_BYTES = 8
@@ -306,7 +305,7 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")  # about pickle protocols: an error follows or nothing does
-            (_scan_zip if zipped else _scan_legacy)(path)
+            (scan_zip if zipped else _scan_legacy)(path)
             # mmap: tensors stay in the file until used, and views cost nothing. Only the zip format can be mapped.
             mapped = zipped and path.suffix != ".safetensors"  # by a path, torch would believe that ending
             source: Any = str(path) if mapped else stack.enter_context(path.open("rb"))
@@ -316,6 +315,12 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
             path,
             "contains Python objects besides weights, which could run code, so it was not opened; "
             "use a .safetensors version of it",
+        ) from None
+    except NotAsTorchPacks:
+        raise _bad(
+            path,
+            "is not packed as PyTorch packs weights, so it was not opened; "
+            f"{_AGAIN} or use a .safetensors version of it",
         ) from None
     except FalseSize:
         raise _bad(path, f"is damaged: it describes larger tensors than it holds; {_AGAIN}") from None
@@ -354,16 +359,6 @@ def _check_zip(path: Path) -> bool:
     if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
         raise _bad(path, "is a compressed archive, not a torch.save file; unpack it and choose the weight file inside")
     return True
-
-
-def _scan_zip(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-        pickle = next(name for name in sizes if name.endswith("/data.pkl"))
-        root = pickle.removesuffix(".pkl") + "/"
-        scan_record(
-            io.BytesIO(archive.read(pickle)), {k.removeprefix(root): n for k, n in sizes.items() if k.startswith(root)}
-        )
 
 
 def _scan_legacy(path: Path) -> None:

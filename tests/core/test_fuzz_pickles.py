@@ -71,6 +71,42 @@ def test_a_file_by_hand_is_read_like_one_by_torch(tmp_path):
         assert torch.equal(read_tensors(path)["w"], torch.zeros(4))
 
 
+def test_the_zip_of_every_torch_and_of_python_is_read(tmp_path):
+    """1.6 wrote no byteorder, newer ones write more entries; the folder is "archive" or the file's name."""
+    pickle, storage = hostile.pickled({"w": hostile.tensor()}), bytes(16)
+    first = ["data.pkl", "data/0", "version"]
+    layouts = {
+        "1.6": first,
+        "2.1": ["data.pkl", "byteorder", "data/0", "version"],
+        "2.6": ["data.pkl", ".format_version", ".storage_alignment", "byteorder", "data/0", "version", ".data/serialization_id"],
+        "packed again by hand": sorted(first, reverse=True),
+    }  # fmt: skip
+    contents = {"data.pkl": pickle, "data/0": storage, "byteorder": b"little", "version": b"3\n"}
+    path = tmp_path / "my model.v1.bin"
+    for layout in layouts.values():
+        for folder in ("archive", "my model.v1", "模型"):
+            path.write_bytes(hostile.packed([(f"{folder}/{name}", contents.get(name, b"1")) for name in layout]))
+            assert torch.equal(read_tensors(path)["w"], torch.zeros(4))
+    torch.save({"w": torch.zeros(4)}, path)
+    assert zipfile.ZipFile(path).namelist()[0] == "my model.v1/data.pkl"
+    assert torch.equal(read_tensors(path)["w"], torch.zeros(4))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_zip_that_torch_could_read_differently_is_refused(tmp_path, suffix):
+    for what, content in hostile.disguised().items():
+        path = tmp_path / f"disguised{suffix}"
+        path.write_bytes(content)
+        assert "is not packed as PyTorch packs weights" in refused(read_tensors, path), what
+
+
+def test_torch_would_find_the_tensor_behind_each_disguise(tmp_path):
+    for what, content in hostile.disguised().items():
+        path = tmp_path / "disguised.bin"
+        path.write_bytes(content)
+        assert torch.load(path, weights_only=True)["w"].shape == (hostile.LARGE,), what
+
+
 @every_kind
 def test_code_in_a_pickle_never_runs(tmp_path, kind):
     marker = tmp_path / "ran"
@@ -141,6 +177,9 @@ for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_reading_allocates_no_more_than_the_file_holds(tmp_path):
     (tmp_path / "warm up.bin").write_bytes(hostile.zipped({"x": hostile.touch("/none")}))
+    for number, content in enumerate(hostile.disguised().values()):
+        for suffix in SUFFIXES:
+            (tmp_path / f"disguise {number}{suffix}").write_bytes(content)
     for number, (what, content) in enumerate(FALSE.items()):
         for suffix in SUFFIXES:
             (tmp_path / f"{number} {what}{suffix}").write_bytes(content)
@@ -181,6 +220,12 @@ def test_archives_that_are_no_weights_are_named(tmp_path, kind):
         "the list of entries is gone": (honest[: honest.index(b"PK\x01\x02")], "damaged"),
         "one storage is gone": (hostile.zipped({"w": hostile.tensor()}, ()), "larger tensors than it holds"),
         "one storage is cut": (hostile.zipped({"w": hostile.tensor()}, (bytes(8),)), "larger tensors than it holds"),
+        "two folders": (hostile.packed([("a/data.pkl", hostile.pickled({})), ("b/version", b"3")]), "not packed as"),
+        "two storages of one name": (
+            hostile.packed([("a/data.pkl", b""), ("a/data/b", b"1"), ("a/data/B", b"")]),
+            "not packed as",
+        ),
+        "a storage of two spellings": (hostile.packed([("a/data.pkl", b""), ("a/data/\xe9", b"")]), "not packed as"),
         "a list": (hostile.zipped([hostile.tensor()]), "no tensors"),
         "billions of entries": (hostile.zipped(hostile.laughing_dicts()), "entries"),
     }
