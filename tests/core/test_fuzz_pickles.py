@@ -152,6 +152,35 @@ def test_a_pickle_that_claims_more_than_it_holds_is_refused(tmp_path, what, suff
     refused(read_tensors, path)
 
 
+@pytest.mark.parametrize("what", hostile.FALSE_SIZES)
+def test_false_sizes_are_noticed_before_torch_reads_the_file(tmp_path, what):
+    for name, write in hostile.WRITERS.items():
+        path = tmp_path / f"{name}.bin"
+        path.write_bytes(write({"w": hostile.FALSE_SIZES[what]}))
+        assert "cut off" not in refused(read_tensors, path), "that is said of what torch cannot read"
+
+
+@pytest.mark.parametrize(
+    "parts", [("data", "machine"), ("magic", "keys"), ("magic", "version", "machine", "data", "keys")]
+)
+def test_what_all_pickles_of_an_old_file_claim_counts_together(tmp_path, parts):
+    def claiming(elements):
+        claims = {part: hostile.Storage(elements, str(number)) for number, part in enumerate(parts)}
+        return hostile.legacy(**{"data": {"w": hostile.tensor()}, **claims})
+
+    size, path = len(claiming(1)), tmp_path / "legacy.bin"
+    path.write_bytes(claiming(size * 2 // 3 // 4))  # each claims two thirds of the file
+    assert path.stat().st_size == size
+    assert "larger tensors than it holds" in refused(read_tensors, path)
+
+
+def test_a_key_of_tuples_is_refused_before_it_is_hashed(tmp_path):
+    path = tmp_path / "key.bin"
+    for write in hostile.WRITERS.values():
+        path.write_bytes(write(hostile.laughing_key()))
+        assert "besides weights" in refused(read_tensors, path)
+
+
 # In a process of its own: the largest virtual size that it ever had tells of every allocation, also of memory never touched.
 MEASURE = """
 import sys, pathlib

@@ -123,6 +123,7 @@ SAFETENSORS_FAULTS = {
     "cut_data": (GOOD[:-6], [f"describes {len(GOOD)} bytes", f"has {len(GOOD) - 6}", "download it again"]),
     "extra_data": (GOOD + b"xx", [f"describes {len(GOOD)} bytes", f"has {len(GOOD) + 2}"]),
     "lying_shape": (raw_safetensors({"t": entry([1 << 20, 1 << 20], 0, 16)}, bytes(16)), ["'t'", "16", str(1 << 42)]),
+    "hole": (raw_safetensors({"a": entry([4], 0, 16), "b": entry([2], 24, 32)}, bytes(32)), ["'b'", "leaves a gap"]),
     "negative_shape": (raw_safetensors({"t": entry([-2, -2], 0, 16)}, bytes(16)), ["damaged entry", "'t'"]),
     "odd_shape": (raw_safetensors({"t": entry([2.5, True], 0, 16)}, bytes(16)), ["damaged entry"]),
     "no_shape": (raw_safetensors({"t": {"dtype": "F32"}}), ["damaged entry"]),
