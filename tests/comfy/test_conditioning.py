@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 
+import comfy.conds
 import naive
 import pytest
 import tiny
@@ -178,7 +179,9 @@ def test_a_batch_of_texts_with_one_reference_of_its_own(model, network):
 
 @pytest.mark.parametrize("apply", [True, False], ids=["with Apply", "without"])
 def test_cached_prompts_and_the_model_stay_as_they_are(model, network, apply):
-    positive, negative = half(own(P, 0.2, 1.0, reference_for(network, 10)), LEFT) + M, tiny.cond(2)
+    theirs = tiny.cond(4, model_conds={"theirs": comfy.conds.CONDConstant("of another node")})
+    positive = half(own(P, 0.2, 1.0, reference_for(network, 10)), LEFT) + M + theirs + own(theirs)
+    negative = tiny.cond(2)
     gated = runtime.attach(model, spec(network, mask=torch.ones(1, 4, 4)).link()) if apply else model
     state = lambda: [
         (id(text), {key: id(value) for key, value in extra.items()}, dict(extra.get("model_conds", {})))

@@ -70,6 +70,23 @@ def test_old_perp_neg_node_whose_own_conditioning_has_no_tag(model, network):
     )
 
 
+def test_a_conditioning_without_tag_is_projected_once_in_a_run(model, network, monkeypatch):
+    runs, seen = [], []
+    start = runtime._start
+    monkeypatch.setattr(runtime, "_start", lambda *args, **kwargs: runs.append(start(*args, **kwargs)) or runs[-1])
+
+    def look(*args):
+        counters = runs[0].links[0].counters
+        seen.append((len(runs[0].entries), counters.projected, counters.from_cache))
+
+    gated = runtime.attach(model, tiny.link_for(network, tiny.tiny_reference()))
+    tiny.ksample(first(nodes_perpneg.PerpNeg.execute(gated, M, 1.0)), P, N, steps=20, callback=look)
+    assert len(runs) == 1 and len(seen) == 20
+    assert set(seen) == {
+        (3, 5, 1)
+    }  # three texts; of what reads no text one for the reference, one for the null reference
+
+
 def test_basic_guider_without_negative(model, network):
     check(model, network, lambda m: tiny.guide(first(custom.BasicGuider.execute(m, P))), [(P, False)])
 

@@ -7,9 +7,12 @@ from pathlib import Path
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
+import comfy.sampler_helpers
+import comfy.samplers
 import pytest
 import tiny
 import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from flexip_pack.flexip_core import unet
 from flexip_pack.flexip_core.adapters import FlexIPNetwork
 from flexip_pack.flexip_core.link import Link
@@ -192,6 +195,75 @@ def test_tensors_follow_the_models_dtype(dtype):
     gated.add_wrapper_with_key("apply_model", "spy", spy)
     out = tiny.ksample(gated, P, N, noise=tiny.noise_for(2))
     assert seen == {dtype} and torch.isfinite(out).all()
+
+
+def test_a_reference_used_in_half_precision_is_as_new_in_full_precision():
+    """Its cache holds K and V of both."""
+    half, full = tiny.tiny_model(torch.float16), tiny.tiny_model()
+    network, used = tiny.tiny_network(full), tiny.tiny_reference()
+    tiny.ksample(runtime.attach(half, tiny.link_for(network, used)), P, N, steps=1)
+    got, fresh = (
+        tiny.ksample(runtime.attach(full, tiny.link_for(network, reference)), P, N, steps=1)
+        for reference in (used, tiny.tiny_reference())
+    )
+    assert torch.equal(got, fresh)
+
+
+def test_room_is_asked_for_by_the_number_of_pictures(monkeypatch):
+    """The load of the adapters, before the projection needs memory for its activations."""
+    model, asked, original = tiny.tiny_model(), [], mm.load_models_gpu
+    network = tiny.tiny_network(model)
+
+    def load(models, memory_required=0, *args, **kwargs):
+        if models[0].model is network:
+            asked.append(memory_required)
+        return original(models, memory_required, *args, **kwargs)
+
+    monkeypatch.setattr(mm, "load_models_gpu", load)
+    for pictures in (1, 2, 3):
+        reference = tiny.tiny_reference(pictures=pictures)
+        tiny.ksample(runtime.attach(model, tiny.link_for(network, reference)), P, N, steps=1)
+    one, two, three = asked
+    assert one >= 4 * sum(value.numel() for value in tiny.tiny_reference().features.values())
+    assert (two, three) == (2 * one, 3 * one)
+
+
+class OnItsOwnOptions(comfy.samplers.CFGGuider):
+    """A guider that samples with the same options again and again, where core's copies them each time."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
+        comfy.sampler_helpers.prepare_model_patcher(model, {}, self.model_options)
+
+    def sample(self, noise, latent, sampler, sigmas, callback=None):
+        self.conds = {name: [entry.copy() for entry in entries] for name, entries in self.original_conds.items()}
+        wrappers = get_all_wrappers(WrappersMP.OUTER_SAMPLE, self.model_options, is_model_options=True)
+        executor = WrapperExecutor.new_class_executor(self.outer_sample, self, wrappers)
+        return executor.execute(noise, latent, sampler, sigmas, None, callback, True, 0, latent_shapes=[latent.shape])
+
+
+def test_options_that_a_guider_uses_again_hold_no_run_after_it():
+    model = tiny.tiny_model()
+    gated = runtime.attach(model, tiny.link_for(tiny.tiny_network(model), tiny.tiny_reference()))
+    guider, noise = OnItsOwnOptions(gated), tiny.noise_for()
+    guider.set_conds(P, N)
+    guider.set_cfg(7.0)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 2)
+    options, seen = guider.model_options["transformer_options"], []
+
+    def sample(callback):
+        return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, callback)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    got = sample(lambda *args: seen.append(runtime.RUN in options))
+    assert seen == [True, True] and runtime.RUN not in options
+    with pytest.raises(KeyboardInterrupt):
+        sample(stop)
+    assert runtime.RUN not in options
+    assert torch.equal(got, tiny.ksample(gated, P, N))
 
 
 def test_a_wrong_number_of_gates_is_a_sentence():

@@ -205,9 +205,21 @@ def test_a_patch_that_was_there_before_still_acts(model, link, three_part):
     before = model.clone()
     for kind, number, index in keys(model):
         before.set_model_attn2_replace(theirs, kind, number, transformer_index=index if three_part else None)
-    got = tiny.ksample(runtime.attach(before, link), P, N)
+    got, report = report_of(runtime.attach(before, link))
     assert tiny.relative_error(got, tiny.ksample(tiny.naive_attach(before, [link], ROLES), P, N)) < 1e-5
     assert tiny.relative_error(got, tiny.ksample(runtime.attach(model, link), P, N)) > 1e-3
+    assert "WARNING" not in report
+
+
+def test_of_patches_under_the_two_part_key_only_those_put_on_after_us_are_never_called(model, link):
+    """In blocks of two layers, too, where ours sit under three-part keys alone."""
+    before = model.clone()
+    for kind, number in {key[:2] for key in keys(model)}:
+        before.set_model_attn2_replace(Adds(), kind, number)
+    after = runtime.attach(before, link).clone()
+    assert "WARNING" not in report_of(after)[1]
+    after.set_model_attn2_replace(Plain(), "input", 3)
+    assert "WARNING: Plain was put on 1 blocks after FlexIP" in report_of(after)[1]
 
 
 @pytest.mark.parametrize("three_part", [True, False], ids=["three-part key", "two-part key"])

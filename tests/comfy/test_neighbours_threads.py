@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +17,7 @@ import tiny
 import torch
 from comfy.patcher_extension import WrappersMP
 from flexip_pack.flexip_core import kept
-from flexip_pack.flexip_core.link import Call, Entry
+from flexip_pack.flexip_core.link import Call, Entry, Setting
 from flexip_pack.flexip_core.link import Row as CallRow
 from flexip_pack.flexip_core.run import LAYOUTS, LinkRun, Run
 from flexip_pack.nodes import runtime
@@ -54,6 +56,40 @@ def test_threads_of_one_run_do_not_take_each_others_layouts_away(model, link, mo
     finally:
         sys.setswitchinterval(interval)
     assert run.links[0].counters.calls == threads * each
+
+
+def test_threads_of_one_run_assemble_one_after_the_other(model, link, monkeypatch):
+    """Each layout is asked for again after it was thrown out, by two threads in turns, while assembling takes its time."""
+    assemble, inside, most = LinkRun._assemble, [], []
+
+    def slow(self, call, gates):
+        inside.append(call)
+        most.append((len(inside), len(self._assembled)))
+        time.sleep(0.002)
+        inside.remove(call)
+        return assemble(self, call, gates)
+
+    calls = [Call((CallRow(0, item),), 8, 8, tiny.CPU, torch.float32) for item in range(LAYOUTS + 1)]
+    alternating = [calls[n % len(calls)] for n in range(4 * len(calls))]
+    gates = dataclasses.replace(link, gates=tuple(n / LAYOUTS for n in range(len(calls))))
+
+    def started():
+        run = Run([LinkRun(gates, 0, 100.0, 0.0, Setting(batch=len(calls)))])
+        run.prepare([Entry(P[0][0], False)], torch.float32, lambda link_run: tiny.CPU)
+        return run
+
+    expected = {call: started().assemble(call, None) for call in calls}
+    run = started()
+    monkeypatch.setattr(LinkRun, "_assemble", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda call: run.assemble(call, None), alternating))
+    for call, (branches, name) in zip(alternating, found):
+        assert name == expected[call][1] and branches.keys() == expected[call][0].keys()
+        for key, parts in branches.items():
+            assert all(torch.equal(a.v, b.v) for a, b in zip(parts, expected[call][0][key], strict=True))
+    assert max(threads for threads, _ in most) == 1 and max(kept for _, kept in most) < LAYOUTS
+    counters = run.links[0].counters
+    assert counters.calls == counters.active == len(alternating)
 
 
 def test_a_pack_that_copies_the_options_whole_while_sampling_still_has_the_same_run(model, link):

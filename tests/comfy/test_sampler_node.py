@@ -3,7 +3,9 @@
 import pytest
 import tiny
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_execution.graph_utils import ExecutionBlocker
+from flexip_pack.flexip_core.attention import Branch
 from flexip_pack.nodes import runtime
 from flexip_pack.nodes.own import FlexIPConditioning
 from flexip_pack.nodes.sampler import FlexIPSampler, noise_sampler
@@ -116,6 +118,22 @@ def test_gates_replace_only_the_last_link(model, gated):
     assert first.gates == (0.6,) and last.gates == (0.9,), "the node's own model is never changed"
     swept = run(chained, "0.9 0.9")[0]["samples"]
     assert tiny.relative_error(swept[:1], ksampler(chained)) < 1e-5
+
+
+def test_of_ours_the_unet_sees_the_tensors_alone(gated):
+    """Runs, links, listeners and copies would be part of what torch.compile and packs that copy options look at."""
+    seen = []
+
+    def look(executor, x, timesteps, context, y, control, options, **kwargs):
+        seen.append({key: value for key, value in options.items() if "flexip" in key})
+        return executor(x, timesteps, context, y, control, options, **kwargs)
+
+    watched = gated.clone()
+    watched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "look", look)
+    run(watched, "0, 1", steps=1)
+    (ours,) = seen
+    assert list(ours) == [runtime.KEY]
+    assert all(isinstance(branch, Branch) for part in ours[runtime.KEY].values() for branch in part)
 
 
 def test_contact_sheet_has_a_column_per_gate_and_needs_the_vae(gated):

@@ -244,10 +244,10 @@ def test_a_grid_of_strengths_and_gates_equals_single_runs(model, network):
 
 
 def test_a_sweep_starts_masks_batches_and_earlier_links_again_for_every_copy(model, network):
-    """Two masks, two gates and two references for three latents: the second copy does not go on where the first ended."""
+    """Two masks, gates and references of two weights for three latents: the second copy does not go on where the first ended."""
     references = [tiny.tiny_reference(seed) for seed in (9, 10)]
     masks = torch.rand(2, 16, 16, generator=tiny.generator(3))
-    first = naive.Spec(network, references, combine="one per batch item", mask=masks)
+    first = naive.Spec(network, references, combine="one per batch item", weights=(1.0, 0.5), mask=masks)
     last = naive.Spec(network, [tiny.tiny_reference(11)], gate_mask=masks)
 
     def chain(gate):

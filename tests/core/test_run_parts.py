@@ -14,7 +14,7 @@ from flexip_core.attention import Branch, attention, block_grid, decoupled_atten
 from flexip_core.gate import Place, gated_branches, join_masks, stack_rows
 from flexip_core.link import Call, Entry, Link, Own, Row, Setting
 from flexip_core.reference import COMBINE, Reference, ReferenceSet, combined
-from flexip_core.run import LAYOUTS, LinkRun, Run
+from flexip_core.run import LAYOUTS, LinkRun, Run, text_key
 from flexip_core.schedule import GateBatch, GateCurve
 
 CPU = torch.device("cpu")
@@ -380,3 +380,10 @@ def test_maps_follow_a_block_that_runs_at_another_size_and_refuse_one_that_hides
             per_token(maps, 6, grid)
     assert block_grid({"activations_shape": [1, 8, 4, 6]}) == (4, 6)
     assert block_grid({}) is None
+
+
+def test_texts_of_the_same_bytes_in_another_shape_or_dtype_are_other_texts():
+    numbers = randn(1, 1, 2, WIDTH).half()
+    shapes = [numbers, numbers.view(2, 1, WIDTH), numbers.view(torch.bfloat16)]
+    assert len({text_key(text) for text in shapes}) == len(shapes)
+    assert text_key(numbers) == text_key(numbers.clone())
