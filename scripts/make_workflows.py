@@ -12,12 +12,14 @@ import json
 import sys
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from page import REPO, SECOND, SETTLE_MS, Image, Page, comfyui_pages, picture, run, set_widgets  # noqa: E402
-from templates import TEMPLATES, Template  # noqa: E402
+from page import REPO, SETTLE_MS, Image, Page, comfyui_pages, picture, run, set_widgets  # noqa: E402
+from template_parts import Template  # noqa: E402
+from templates import TEMPLATES  # noqa: E402
 
 FOLDER = REPO / "workflows"
 THUMBNAIL_WIDTH, QUALITY = 640, 85
@@ -29,10 +31,8 @@ SMALL = {  # for the run that is photographed
     "FlexIPSampler": {"steps": 4},
     "FlexIPAutoGate": {"steps": 2},
 }
-SECOND_PICTURE = """name => { const [, ...others] = app.graph.nodes.filter(n => n.type == 'LoadImage');
-    for (const node of others) { const widget = node.widgets.find(w => w.name == 'image'); widget.value = name; widget.callback(name); } }"""
 # Columns stand side by side, their nodes under each other. A node is as high as it must be, or higher if asked, with room for
-# Nodes 2.0: its widgets are higher, and it has the pack's name inside.
+# Nodes 2.0: its widgets are higher, it has the pack's name inside, and it grows by what it shows after a run.
 BUILD = """async ({ nodes, columns, groups }) => {
     const [TITLE, GAP_X, GAP_Y, GROUP] = [30, 70, 26, 40], frame = () => new Promise(requestAnimationFrame);
     app.graph.clear();
@@ -41,6 +41,7 @@ BUILD = """async ({ nodes, columns, groups }) => {
         if (!node) throw new Error(`there is no node ${spec.kind}`);
         app.graph.add(node);
         if (spec.title) node.title = spec.title;
+        if (spec.models.length) node.properties.models = spec.models;
         if (spec.colors) [node.color, node.bgcolor] = spec.colors;
         for (const [name, value] of Object.entries(spec.widgets)) {
             // the page calls the widget behind a seed "control after generate"
@@ -99,6 +100,7 @@ def as_plain(template: Template) -> dict[str, Any]:
                 "title": node.title,
                 "tall": node.tall,
                 "colors": node.colors,
+                "models": node.models,
                 "wires": {name: [number[source], output] for name, (source, output) in wires.items()},
                 "widgets": {name: value for name, value in node.inputs.items() if name not in wires},
             }
@@ -113,9 +115,15 @@ def as_plain(template: Template) -> dict[str, Any]:
     }
 
 
-def build(page: Page, name: str) -> dict[str, Any]:
+def public_files(templates: Iterable[Template]) -> set[str]:
+    """As paths in ComfyUI's folder."""
+    nodes = [node for template in templates for _, column in template.columns for node in column]
+    return {f"models/{model['directory']}/{model['name']}" for node in nodes for model in node.models}
+
+
+def build(page: Page, name: str, template: Template) -> dict[str, Any]:
     """The workflow as the page saves it, with the same ids every time."""
-    workflow = page.evaluate(BUILD, as_plain(TEMPLATES[name]()))
+    workflow = page.evaluate(BUILD, as_plain(template))
     workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, name))
     workflow["extra"] = {"ds": {"scale": 0.6, "offset": [80, 80]}}
     for node in workflow["nodes"]:
@@ -125,14 +133,14 @@ def build(page: Page, name: str) -> dict[str, Any]:
 
 
 def photograph(page: Page, workflow: dict[str, Any]) -> Image.Image:
-    """The workflow after a small run, opened from its file as a user does."""
+    """The workflow after a small run (if all its files are here), opened from its file as a user does."""
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
     page.wait_for_timeout(SETTLE_MS)
     kinds = {node["type"] for node in workflow["nodes"]}
     for kind in SMALL.keys() & kinds if "FlexIPDemoModels" not in kinds else ():  # that world has one size, and is fast
         set_widgets(page, kind, **SMALL[kind])
-    page.evaluate(SECOND_PICTURE, SECOND)
-    run(page)
+    if not any("models" in node["properties"] for node in workflow["nodes"]):  # those files are names here
+        run(page)
     page.wait_for_timeout(3 * SETTLE_MS)
     return picture(page)
 
@@ -143,10 +151,11 @@ def main() -> int:
     parser.add_argument("--full", metavar="DIR", type=Path, help="also write the pictures here, unreduced")
     parser.add_argument("names", nargs="*", metavar="NAME", help="of templates (default: all)")
     options = parser.parse_args()
-    with comfyui_pages(options.comfyui) as new_page:
-        for name in options.names or TEMPLATES:
+    made = {name: TEMPLATES[name]() for name in options.names or TEMPLATES}
+    with comfyui_pages(options.comfyui, names=public_files(made.values())) as new_page:
+        for name, template in made.items():
             start, page = time.monotonic(), new_page()
-            workflow = build(page, name)
+            workflow = build(page, name, template)
             full = photograph(page, workflow)
             text = json.dumps(workflow, indent=1, ensure_ascii=False) + "\n"
             (FOLDER / f"{name}.json").write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ import io
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from server import ComfyServer  # noqa: E402
 from flexip_core import mini  # noqa: E402
 
 PACK = "flexip"
-PICTURE, SECOND = "example.png", "second.png"  # every ComfyUI has the first in its input folder
+PICTURE = "example.png"  # every ComfyUI has it in its input folder
 REFERENCE = "hero.flexip-ref.safetensors"
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 READY = "window.app && app.vueAppReady && app.graph && app.graph.nodes.length > 0"
@@ -41,17 +41,19 @@ LOOK = """([x, y, scale]) => { app.canvas.deselectAll(); app.canvas.show_info = 
 
 
 @contextlib.contextmanager
-def comfyui_pages(comfyui: Path, sharpness: float = 1.0) -> Iterator[Callable[[], Page]]:
-    """Opens new pages on a server of its own in a temporary folder; `sharpness`: screen pixels per pixel of the page."""
+def comfyui_pages(comfyui: Path, sharpness: float = 1.0, names: Iterable[str] = ()) -> Iterator[Callable[[], Page]]:
+    """Opens new pages on a server of its own in a temporary folder. `sharpness`: screen pixels per pixel of the page; `names`: of
+    files that are not here but shall be listed."""
     path = environment.find_browser()
     if path is None:
         raise RuntimeError(environment.NO_BROWSER)
     with tempfile.TemporaryDirectory() as folder:
         mini.make_mini_models(Path(folder) / "models")
         server = ComfyServer(comfyui, folder, packs={PACK: REPO})
-        for name, source in ((PICTURE, "astronaut.png"), (SECOND, "chelsea.png")):
-            shutil.copyfile(Path(skimage.data.__file__).parent / source, server.base / "input" / name)
-        (server.base / "input" / REFERENCE).touch()  # names to show
+        shutil.copyfile(Path(skimage.data.__file__).parent / "astronaut.png", server.base / "input" / PICTURE)
+        for name in (f"input/{REFERENCE}", *names):
+            (server.base / name).parent.mkdir(exist_ok=True)
+            (server.base / name).touch()
         (server.base / "input" / "my_pictures" / "variant").mkdir(parents=True, exist_ok=True)
         with server, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)

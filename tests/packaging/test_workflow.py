@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
+from flexip_core import mini  # noqa: E402
 from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt  # noqa: E402
 
 OBJECT_INFO = {
@@ -146,7 +148,14 @@ def test_shipped_workflow_is_tidy(path: Path) -> None:
         by_type.setdefault(node["type"], []).append(node)
     (note,) = by_type["MarkdownNote"]
     needs_files = "FlexIPDemoModels" not in by_type
-    assert ("models/checkpoints" if needs_files else "no file to download") in note["widgets_values"][0]
+    [text] = note["widgets_values"]
+    assert ("models/checkpoints" if needs_files else "no file to download") in text
+    assert "`" not in text, "Nodes 2.0 draws inline code in dark blue on grey"
+    assert any(word in text for word in ("**Turn**", "**turn**")), "what to turn first"
+    if mini.MINI_BASE in str(graph["nodes"]):
+        assert (
+            "**python scripts/mini_models.py ../../models**" in text and (REPO / "scripts" / "mini_models.py").is_file()
+        )
     assert {node["widgets_values"][0] for node in by_type.get("LoadImage", ())} == (
         {"example.png"} if needs_files else set()
     )
@@ -160,6 +169,25 @@ def test_shipped_workflow_is_tidy(path: Path) -> None:
         assert slots[target, slot] == number
         sender = next(node for node in graph["nodes"] if node["id"] == source)
         assert number in sender["outputs"][output]["links"]
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+def test_the_page_can_say_where_to_get_the_public_files(base: str) -> None:
+    """It lists a node's models only under the very names that the node's widgets have."""
+    graph = json.loads((REPO / "workflows" / f"flexip_with_ip_adapter_{base}.json").read_text(encoding="utf-8"))
+    folders = {
+        "CheckpointLoaderSimple": ["checkpoints"],
+        "LoadFlexIPAdapters": ["ipadapter", "ipadapter", "clip_vision"],
+    }
+    [text] = next(node["widgets_values"] for node in graph["nodes"] if node["type"] == "MarkdownNote")
+    for node in graph["nodes"]:
+        models = node["properties"].get("models", [])
+        assert [model["directory"] for model in models] == folders.get(node["type"], [])
+        for model in models:
+            assert model["name"] in node["widgets_values"] and model["name"] in text
+            assert re.fullmatch(
+                r"https://huggingface\.co/[\w-]+/[\w.-]+/resolve/main/[\w./-]+\.safetensors", model["url"]
+            )
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

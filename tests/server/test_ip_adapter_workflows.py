@@ -31,7 +31,9 @@ def run(comfy: ComfyServer, base: str, **gate: float) -> dict:
     path = REPO / "workflows" / f"flexip_with_ip_adapter_{base}.json"
     prompt = to_prompt(json.loads(path.read_text(encoding="utf-8")), comfy.get("/object_info"))
     set_inputs(prompt, "CheckpointLoaderSimple", ckpt_name=f"{base}.ckpt")
-    set_inputs(prompt, "LoadFlexIPAdapters", preservation="one.bin", personalization="nested/two.bin")
+    set_inputs(
+        prompt, "LoadFlexIPAdapters", preservation="one.bin", personalization="nested/two.bin", clip_vision="auto"
+    )
     set_inputs(prompt, "LoadImage", image=REFERENCE)
     set_inputs(prompt, "EmptyLatentImage", width=SIZE[base], height=SIZE[base])
     set_inputs(prompt, "KSampler", steps=1)
@@ -43,7 +45,7 @@ def check(comfy: ComfyServer, base: str, blocks: int) -> None:
     pictures = []
     for gate in (0.0, 1.0):
         outputs = run(comfy, base, gate=gate)
-        image = next(output["images"][0] for output in outputs.values() if output["images"][0]["subfolder"] == "FlexIP")
+        image = next(output["images"][0] for output in outputs.values() if output["images"][0]["subfolder"] == "flexip")
         pictures.append(comfy.view(image))
     assert pictures[0] != pictures[1]
     log = comfy.log_text()

@@ -147,7 +147,7 @@ def test_sweep_shows_the_contact_sheet_and_the_report(page: Page, comfy: ComfySe
     set_widgets(page, "EmptyLatentImage", width=128, height=128)
     assert run(page)[-1][0] == "execution_success"
     sheet = page.evaluate("id => app.nodeOutputs[id].images[0]", str(node(page, "SaveImage")))
-    assert sheet["filename"].startswith("gate_sweep") and sheet["subfolder"] == "FlexIP"
+    assert sheet["filename"].startswith("gate_sweep") and sheet["subfolder"] == "flexip"
     report = page.evaluate("id => JSON.stringify(app.nodeOutputs[id])", str(node(page, "PreviewAny")))
     assert "gate 0, 0.25, 0.5, 0.75, 1" in report
     assert page.problems == []
