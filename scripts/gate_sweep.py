@@ -22,7 +22,7 @@ from server import ComfyServer, PromptError  # noqa: E402
 from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt  # noqa: E402
 
 WORKFLOW = REPO / "workflows" / "flexip_demo_world.json"
-SUBJECTS = (4, 9, 12)
+SUBJECTS = (7, 16, 9)
 MARGIN, PAPER, INK = 8, "white", "black"
 FONT = ImageFont.load_default(size=18)
 
