@@ -25,8 +25,6 @@ FOLDER = REPO / "workflows"
 THUMBNAIL_WIDTH, QUALITY = 640, 85
 SMALL = {  # for the run that is photographed
     "EmptyLatentImage": {"width": 256, "height": 256},
-    "ImageScale": {"width": 256, "height": 256},
-    "BasicScheduler": {"steps": 8},
     "KSampler": {"steps": 8},
     "FlexIPSampler": {"steps": 4},
     "FlexIPAutoGate": {"steps": 2},
