@@ -26,9 +26,8 @@ FINER, FEW = 10, 16  # gates per interval, and cases, of the look between two ga
 
 
 def variants(network: FlexIPNetwork, setup: Setup, evened: tuple[float, ...]) -> dict[str, tuple[Dial, Setup]]:
-    first, *_, last = (
-        network.block_widths
-    )  # causes.py: the first block alone decides where the subject is, the last its colours
+    # causes.py: the first block alone decides where the subject is, the last its colours
+    first, *_, last = network.block_widths
     return {
         "the gate as it is": (everywhere, setup),
         "gates spaced by how far other pictures move": (everywhere, dataclasses.replace(setup, gates=evened)),
