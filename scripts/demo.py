@@ -30,7 +30,15 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     script = environment.REPO / "scripts" / "gate_sweep.py"
-    command = [env.python, script, "--comfyui", env.comfyui, "--folder", env.home / "demo", *(["--keep"] if options.keep else [])]
+    command = [
+        env.python,
+        script,
+        "--comfyui",
+        env.comfyui,
+        "--folder",
+        env.home / "demo",
+        *(["--keep"] if options.keep else []),
+    ]
     process = subprocess.Popen(list(map(str, command)))
     while True:
         try:
