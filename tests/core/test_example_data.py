@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flexip_core.training import background, sd
+from flexip_core.training import checkpointing, sd
 from flexip_core.training.check import check
 from flexip_core.training.config import TrainConfig, parse_toml, read_config
 from flexip_core.training.dataset import phrases_of, scan
@@ -118,8 +118,8 @@ def test_the_example_config_is_read_strictly_and_fits_the_task():
 
 def test_the_example_config_names_every_setting_and_tells_every_default():
     text = CONFIG.read_text(encoding="utf-8")
-    shown = background._flat(parse_toml(text, CONFIG.name))
-    known = background._flat(TrainConfig(1, 1, 0, "").to_dict())
+    shown = checkpointing._flat(parse_toml(text, CONFIG.name))
+    known = checkpointing._flat(TrainConfig(1, 1, 0, "").to_dict())
     required = {
         f.name for f in dataclasses.fields(TrainConfig) if f.default is f.default_factory is dataclasses.MISSING
     }
