@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 ROOM = 512 * 2**20  # bytes
+ENTRY = 4096  # bytes that a value takes at least, with its key
 
 
 class Kept:
-    """Values by key, the last used ones: `least` of them, more while all fit into ROOM bytes."""
+    """Values by key, the last used ones: `least` of them, more while they fit into ROOM bytes."""
 
     def __init__(self, least: int):
         self.least, self.bytes = least, 0
@@ -27,13 +28,16 @@ class Kept:
         self._values.move_to_end(key)
         return self._values[key][0]
 
+    def make_room(self, key: Any) -> None:
+        """Before the value of `key` is made, so that there is never one more."""
+        while key not in self._values and len(self._values) >= self.least and self.bytes > ROOM:
+            _, (_, size) = self._values.popitem(last=False)
+            self.bytes -= size
+
     def put(self, key: Any, value: Any, size: int) -> None:
-        _, before = self._values.pop(key, (None, 0))
+        size, (_, before) = max(size, ENTRY), self._values.pop(key, (None, 0))
         self.bytes += size - before
         self._values[key] = value, size
-        while len(self._values) > self.least and self.bytes > ROOM:
-            _, (_, gone) = self._values.popitem(last=False)
-            self.bytes -= gone
 
 
 def bytes_of(parts: Iterable[tuple]) -> int:

@@ -161,6 +161,7 @@ class LinkRun:
         gates = self._row_gates(call.rows, sigma)
         kept = self._assembled.get(call)
         if kept is None or kept[0] != gates:
+            self._assembled.make_room(call)
             branches = self._assemble(call, gates)
             kept = gates, branches, _structure(self, branches)
             self._assembled.put(call, kept, bytes_of(itertools.chain(*branches.values())))
@@ -200,6 +201,7 @@ class LinkRun:
             return self._stack_now(call, address, counts)
         kept = self._stacked.get((call, address))
         if kept is None:
+            self._stacked.make_room((call, address))
             kept = self._stack_now(call, address, counts)
             self._stacked.put((call, address), kept, bytes_of(branch for part in kept for branch in part.values()))
         return kept
@@ -230,6 +232,7 @@ class LinkRun:
             return [{}] * counts
         kept = self._places.get(call)
         if kept is None:
+            self._places.make_room(call)
             kept = [self._place(call, number) for number in range(counts)]
             self._places.put(call, kept, bytes_of(place for levels in kept for place in levels.values()))
         return kept

@@ -21,10 +21,12 @@ from PIL import Image
 from ..flexip_core.config import GATE_MODES
 from ..flexip_core.plots import Series, line_plot
 from . import files, notices
+from .compat import is_within_directory
 from .encoders import named
 from .types import CATEGORY
 
 TRAIN, STATUS = "FlexIPTrain", "FlexIPTrainingStatus"
+CACHE = "cache"  # of [task]: what the command `cache` filled
 RUNS = "flexip_training"  # in ComfyUI's output folder
 DATA_PARTS = ("variant", "invariant")
 NO_DATA = "no training data in input"  # chosen where there is none: from an empty list the page sends nothing
@@ -192,7 +194,7 @@ class FlexIPTrain(io.ComfyNode):
         }
         with named(TRAIN):
             more = training.config.parse_toml(settings, "the text in settings") if settings.strip() else {}
-            refuse_inputs_in(more, task)
+            refuse_files_in(more, task)
             cfg = training.config.TrainConfig.from_dict(merged(chosen, more))
             report = standing(training.background, folder, cfg, adapters)
             if report is None:
@@ -343,17 +345,25 @@ def standing(background: Any, folder: Path, cfg: Any, adapters: Path) -> str | N
     return None
 
 
-def refuse_inputs_in(more: dict[str, Any], task: dict[str, Any]) -> None:
-    """Settings of a workflow from elsewhere choose neither where the run writes nor which code it runs or files it reads."""
-    inner = more.get("task")
+def refuse_files_in(more: dict[str, Any], task: dict[str, Any]) -> None:
+    """Settings of a workflow from elsewhere choose neither where the run writes nor which code it runs or files it reads.
+
+    But for a cache, in ComfyUI's input folder as the data are; its path becomes absolute.
+    """
+    inner = more["task"] if isinstance(more.get("task"), dict) else {}
     names = [name for name in ("folder",) if name in more]
     names += [
         f"[task] {name}"
-        for name, value in (inner if isinstance(inner, dict) else {}).items()
-        if name in task or not isinstance(value, (bool, int, float))  # what names a file or a function is a text
+        for name, value in inner.items()
+        if name in task or not isinstance(value, (bool, int, float)) and name != CACHE  # a file or a function is a text
     ]
     if names:
         raise ValueError(f"settings must not hold {', '.join(names)}; in a graph only the node's inputs choose files.")
+    if CACHE in inner:
+        root = folder_paths.get_input_directory()
+        inner[CACHE] = os.path.join(root, str(inner[CACHE]))
+        if not is_within_directory(root, inner[CACHE]):
+            raise ValueError(f"settings: [task] cache must be a folder in ComfyUI's input folder, {root}.")
 
 
 def merged(chosen: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

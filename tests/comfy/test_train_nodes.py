@@ -132,7 +132,9 @@ def test_settings_win_and_leave_the_rest(place):
         ("task = 3", "task must be a table"),
         ('folder = "/tmp/x"', "settings must not hold folder"),
         ('[task]\nmake = "os:system"\ndata = "/"', r"settings must not hold \[task\] make, \[task\] data"),
-        ('[task]\ncache = "/etc"\nprobe_cases = 2', r"settings must not hold \[task\] cache;"),
+        ('[task]\ncache = "/etc"\nprobe_cases = 2', r"settings: \[task\] cache must be a folder in ComfyUI's input"),
+        ('[task]\ncache = "../x"', r"settings: \[task\] cache must be a folder in ComfyUI's input"),
+        ('[task]\nfilter = "x"', r"settings must not hold \[task\] filter;"),
     ],
 )
 def test_settings_that_make_no_config_or_lead_elsewhere_are_a_sentence(place, settings, sentence):

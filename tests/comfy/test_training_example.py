@@ -74,7 +74,7 @@ def made(tmp_path_factory):
 
     task = {"make": "flexip_core.training.sd:make", "data": data, "checkpoint": checkpoint}
     task |= dict(zip(("clip_vision", "dino"), encoders))
-    cache = quoted(root / "cache")
+    cache = quoted(root / "input" / "cache")
     lines = "\n".join(f"{name} = {quoted(value)}" for name, value in task.items())
     for name in ("stopped", "whole"):
         begin = WHOLE.format(steps=STEPS, folder=quoted(root / name))
@@ -91,7 +91,7 @@ def made(tmp_path_factory):
         ["export", root / "stopped", flexip / "exported.safetensors"],
         ["run", root / "whole.toml", "--export", flexip / "whole.safetensors"],
     )
-    settings = SETTINGS.format(lr="", cache=cache, task="")
+    settings = SETTINGS.format(lr="", cache=quoted("cache"), task="")
     return SimpleNamespace(
         root=root, models=models, data=data, flexip=flexip, checkpoint=checkpoint, said=said, settings=settings
     )

@@ -197,15 +197,23 @@ def test_layouts_that_come_in_turns_are_assembled_once(monkeypatch):
 
 
 def test_what_is_kept_is_bounded_by_bytes_and_the_last_used_stay(monkeypatch):
-    monkeypatch.setattr(kept, "ROOM", 100)
+    entry = kept.ENTRY
+    monkeypatch.setattr(kept, "ROOM", 100 * entry)
     values = kept.Kept(least=2)
-    for key, size in (("a", 40), ("b", 40), ("c", 20)):
-        values.put(key, key, size)
-    assert values.get("a") == "a" and len(values) == 3
-    values.put("d", "d", 30)
-    assert [values.get(key) for key in "abcd"] == ["a", None, "c", "d"] and values.bytes == 90
-    values.put("a", "new", 1000)
-    assert values.get("a") == "new" and len(values) == 2 and values.get("d") == "d"
+
+    def put(key, size):
+        values.make_room(key)
+        values.put(key, key, size * entry)
+
+    for key, size in (("a", 40), ("b", 40), ("c", 30)):
+        put(key, size)
+    assert values.get("a") == "a" and len(values) == 3 and values.bytes == 110 * entry
+    put("d", 20)
+    assert [values.get(key) for key in "abcd"] == ["a", None, "c", "d"] and values.bytes == 90 * entry
+    put("a", 1000)  # in place of its own
+    assert len(values) == 3 and values.bytes == 1050 * entry
+    put("e", 0)  # an entry it is nevertheless
+    assert [values.get(key) for key in "acde"] == ["a", None, None, "e"]
 
 
 def structure(branches):
