@@ -254,14 +254,12 @@ class SingleAdapter(nn.Module):
             self.image_proj = _image_projection(file, proj, operations)
             self.kv = nn.ModuleList(KVProjection(file.text_width, width, operations) for width in file.blocks.values())
             # the shapes of torch's own layers: those of ComfyUI may have no weights before they are loaded
-            plain, plain_kv = (
-                _image_projection(file, proj, nn),
-                [KVProjection(file.text_width, w) for w in file.blocks.values()],
-            )
+            plain = _image_projection(file, proj, nn)
+            plain_kv = [KVProjection(file.text_width, width) for width in file.blocks.values()]
         _fill(self.image_proj, plain, _renamed(file.family, proj))
         keys = _projections({key: tuple(value.shape) for key, value in tensors.items()})
-        for kv, plain, (to_k, to_v) in zip(self.kv, plain_kv, keys):
-            _fill(kv, plain, {"to_k.weight": tensors[to_k], "to_v.weight": tensors[to_v]})
+        for kv, plain_one, (to_k, to_v) in zip(self.kv, plain_kv, keys):
+            _fill(kv, plain_one, {"to_k.weight": tensors[to_k], "to_v.weight": tensors[to_v]})
 
 
 class _Misfit(ValueError):
