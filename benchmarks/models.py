@@ -21,11 +21,11 @@ if "flexip_pack" not in sys.modules:
     )
     sys.modules["flexip_pack"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["flexip_pack"])
-from flexip_pack.flexip_core import unet  # noqa: E402
-from flexip_pack.flexip_core.adapters import FlexIPNetwork  # noqa: E402
-from flexip_pack.flexip_core.config import FlexIPConfig, ResamplerConfig  # noqa: E402
-from flexip_pack.flexip_core.reference import Reference  # noqa: E402
-from flexip_pack.flexip_core.link import Link  # noqa: E402
+from flexip_pack.flexip_core.network.adapters import FlexIPNetwork  # noqa: E402
+from flexip_pack.flexip_core.network.blocks import block_widths  # noqa: E402
+from flexip_pack.flexip_core.network.config import FlexIPConfig, ResamplerConfig  # noqa: E402
+from flexip_pack.flexip_core.run.chain import Link  # noqa: E402
+from flexip_pack.flexip_core.run.reference import Reference  # noqa: E402
 from flexip_pack.nodes import runtime  # noqa: E402
 
 COMMON = dict(
@@ -85,7 +85,7 @@ class Bench:
     def __init__(self, base: str, dtype: torch.dtype, size: int | None = None, channels: int = 320):
         self.base, self.dtype = base, dtype
         self.model = unet_model(base, dtype, channels)
-        self.widths, self.text_width = unet.block_widths(self.model.model.diffusion_model)
+        self.widths, self.text_width = block_widths(self.model.model.diffusion_model)
         self.latent = (size or BASES[base][2]) // 8
         self.reference = self._reference()
 

@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from counters import per_call
     from models import Bench  # isort: skip - makes the pack importable
-    from flexip_pack.flexip_core.schedule import GateCurve
+    from flexip_pack.flexip_core.run.schedule import GateCurve
 
     dtype = torch.float32 if options.device == "cpu" else torch.float16
     bench = Bench(options.base, dtype, options.size)
@@ -162,7 +162,7 @@ def step_seconds(bench: Any, model: Any, options: argparse.Namespace) -> float:
 def peak_megabytes(bench: Any, model: Any, options: argparse.Namespace) -> float | None:
     """Peak of allocated GPU memory over a run, in MB; None without a GPU. Synchronising inside our patches is an error."""
     import torch
-    from flexip_pack.flexip_core.attention import GatedAttention
+    from flexip_pack.flexip_core.network.attention import GatedAttention
 
     if options.device != "cuda":
         return None

@@ -8,12 +8,12 @@ from . import files
 from .apply import ApplyFlexIPGate
 from .auto_gate import FlexIPAutoGate
 from .combine import FlexIPCombineReferences
+from .conditioning import FlexIPConditioning
 from .demo import FlexIPDemoModels
 from .depth import FlexIPBlocks
 from .encode import EncodeReference
 from .load import LoadFlexIPAdapters
 from .maps import FlexIPAttentionMaps
-from .own import FlexIPConditioning
 from .reference_files import FlexIPLoadReference, FlexIPSaveReference
 from .sampler import FlexIPSampler
 from .schedule import FlexIPGateBatch, FlexIPGateSchedule

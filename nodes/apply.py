@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..flexip_core import unet
-from ..flexip_core.config import DinoConfig, FeatureNeed
-from ..flexip_core.depth import BlockStrengths
-from ..flexip_core.link import Link
-from ..flexip_core.reference import Reference, ReferenceSet
-from ..flexip_core.schedule import GateBatch, GateCurve
-from ..flexip_core.space import as_masks
+from ..flexip_core.network.blocks import block_levels, block_widths
+from ..flexip_core.network.config import DinoConfig, FeatureNeed
+from ..flexip_core.run.chain import Link
+from ..flexip_core.run.depth import BlockStrengths
+from ..flexip_core.run.masks import as_masks
+from ..flexip_core.run.reference import Reference, ReferenceSet
+from ..flexip_core.run.schedule import GateBatch, GateCurve
 from . import encoders, runtime
 from .checks import check_numbers
 from .load import LoadedAdapters
@@ -132,14 +132,14 @@ class ApplyFlexIPGate(io.ComfyNode):
                 node_id=cls.hidden.unique_id if cls.hidden else None,
                 mask=None if mask is None else as_masks(mask, "The mask"),
                 gate_mask=None if gate_mask is None else as_masks(gate_mask, "The gate mask"),
-                depth=None if blocks is None else blocks.resolve(unet.block_levels(model.model.diffusion_model)),
+                depth=None if blocks is None else blocks.resolve(block_levels(model.model.diffusion_model)),
             )
         return io.NodeOutput(runtime.attach(model, link))
 
 
 def check_base(model: Any, adapters: LoadedAdapters) -> None:
     """Every cross-attention of the model must be one of the adapters' blocks, with the same widths, and the other way round."""
-    widths, text_width = unet.block_widths(model.model.diffusion_model)
+    widths, text_width = block_widths(model.model.diffusion_model)
     name = type(model.model.model_config).__name__  # such as SD15, SDXL
     if not widths:
         raise ValueError(

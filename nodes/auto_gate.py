@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from comfy_api.v0_0_2 import io, ui
 
-from ..flexip_core import auto_gate
-from ..flexip_core.auto_gate import Found
-from ..flexip_core.plots import Series, line_plot
+from ..flexip_core.measuring import auto_gate
+from ..flexip_core.measuring.auto_gate import Found
+from ..flexip_core.pictures.plots import Series, line_plot
 from . import files, notices, runtime, scorers
 from .checks import check_finite, check_latent, check_numbers
 from .compat import KEEP_PREVIEW

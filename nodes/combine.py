@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..flexip_core.reference import COMBINE, Reference, ReferenceSet
-from ..flexip_core.schedule import parse_numbers
-from ..flexip_core.space import as_masks
+from ..flexip_core.run.masks import as_masks
+from ..flexip_core.run.reference import COMBINE, Reference, ReferenceSet
+from ..flexip_core.run.schedule import parse_numbers
 from . import encoders
 from .types import CATEGORY, FlexIPReference
 

@@ -17,9 +17,15 @@ import comfy.utils
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..flexip_core.checkpoint import load_checkpoint
+from ..flexip_core.files.checkpoint import load_checkpoint
 from ..flexip_core.mini_world import files, world
-from ..flexip_core.mini_world.architecture import COMFYUI_UNET, HEADS, LATENT_CHANNELS, to_latents, to_pictures
+from ..flexip_core.mini_world.architecture import (
+    COMFYUI_UNET,
+    HEADS,
+    LATENT_CHANNELS,
+    to_latents,
+    to_pictures,
+)
 from ..flexip_core.mini_world.encoders import ENLARGED, enlarge, shrink
 from ..flexip_core.mini_world.text import TextEncoder
 from .load import LoadedAdapters

@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io, ui
 
-from ..flexip_core import depth, unet
+from ..flexip_core.network.blocks import block_levels
+from ..flexip_core.run import depth
 from . import notices
 from .types import CATEGORY, FlexIPBlockStrengths
 
@@ -63,7 +64,7 @@ class FlexIPBlocks(io.ComfyNode):
         )
         if model is None:
             return io.NodeOutput(strengths)
-        levels = unet.block_levels(model.model.diffusion_model)
+        levels = block_levels(model.model.diffusion_model)
         if not levels:
             raise ValueError(
                 f"{depth.NODE}: the model ({type(model.model).__name__}) is not a UNet with text cross-attentions, so it has no blocks. Wire the SD1.5 or SDXL model that Apply FlexIP Gate gets."

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from comfy_api.v0_0_2 import io, ui
 
-from ..flexip_core import images
-from ..flexip_core.encoders import image_size
-from ..flexip_core.reference import Reference
-from ..flexip_core.space import as_masks
+from ..flexip_core.encoders.towers import image_size
+from ..flexip_core.pictures.crop import CROPS, prepare
+from ..flexip_core.run.masks import as_masks
+from ..flexip_core.run.reference import Reference
 from . import encoders, files
 from .compat import KEEP_PREVIEW
 from .load import LoadedAdapters
@@ -39,7 +39,7 @@ class EncodeReference(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "crop",
-                    options=list(images.CROPS),
+                    options=list(CROPS),
                     default="center",
                     tooltip="How the picture becomes a square: center cuts the middle; pad shows it whole with borders; squash shows it whole, distorted; subject cuts around the mask.",
                 ),
@@ -119,4 +119,4 @@ def _pictures(batches: list[torch.Tensor], masks: list | None):
 
 def _prepared(picture: torch.Tensor, mask: torch.Tensor | None, crop: str, size: int) -> torch.Tensor:
     with encoders.named(NODE):
-        return images.prepare(picture, mask, crop, size)
+        return prepare(picture, mask, crop, size)

@@ -12,9 +12,10 @@ import comfy.model_management as mm
 import comfy.model_patcher
 import torch
 
-from ..flexip_core import encoder_files, encoders, images
-from ..flexip_core.config import ClipConfig, DinoConfig, FeatureNeed
-from ..flexip_core.weights import read_header
+from ..flexip_core.encoders import layouts, towers
+from ..flexip_core.files.weights import read_header
+from ..flexip_core.network.config import ClipConfig, DinoConfig, FeatureNeed
+from ..flexip_core.pictures import crop
 from . import files
 
 NODE = "EncodeReference"
@@ -29,15 +30,15 @@ def refuse_misfits(needs: tuple[FeatureNeed, ...], choices: dict[str, str], node
         mine = [need for need in needs if role_of(need) == role]
         if choice != files.AUTO and mine:
             shapes = _shapes_of_file(choice, node)
-            if not any(encoders.fits_shapes(shapes, need.encoder) for need in mine):
+            if not any(towers.fits_shapes(shapes, need.encoder) for need in mine):
                 with named(node):
-                    encoders.check_fits(choice, shapes, mine[0].encoder)
+                    towers.check_fits(choice, shapes, mine[0].encoder)
 
 
 def resolve(need: FeatureNeed, choices: dict[str, str]) -> str | None:
     """Path of the encoder file for a need: the chosen one if it fits, else the first in the folder that does; None without any."""
     choice = choices[role_of(need)]
-    if choice != files.AUTO and encoders.fits_shapes(_shapes_of_file(choice, NODE), need.encoder):
+    if choice != files.AUTO and towers.fits_shapes(_shapes_of_file(choice, NODE), need.encoder):
         return files.path_of(files.ENCODER_FOLDER, choice, NODE)
     return _find(need.encoder, NODE)
 
@@ -52,7 +53,7 @@ def _find(cfg: ClipConfig | DinoConfig, node: str) -> str | None:
     for name in files.names(files.ENCODER_FOLDER):
         path = files.path_of(files.ENCODER_FOLDER, name, node)
         try:
-            encoders.check_fits(name, read_header(path).shapes, cfg)
+            towers.check_fits(name, read_header(path).shapes, cfg)
         except ValueError:
             continue  # choosing the file by its name says what is wrong with it
         return path
@@ -84,21 +85,21 @@ def features(
         patcher = owner[repr(need.encoder)] = _patcher(need.encoder, path)
         mm.load_models_gpu([patcher], memory_required=_memory(pictures), force_full_load=True)
         run, source = _tower_runner(need, patcher.model), os.path.basename(path)
-    mean, std = encoders.statistics(need.encoder)
+    mean, std = towers.statistics(need.encoder)
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         mm.throw_exception_if_processing_interrupted()
         return run(pixels).float().cpu()
 
     with torch.no_grad():
-        pixels = images.normalise(pictures, mean, std)
+        pixels = crop.normalise(pictures, mean, std)
         feature = torch.cat([encode(chunk) for chunk in pixels.split(CHUNK)])
         null = (
             torch.zeros_like(feature)
             if need.null == "zeros"
             else encode(torch.zeros_like(pixels[:1])).expand_as(feature)
         )
-    if not (images.finite(feature) and images.finite(null)):
+    if not (crop.finite(feature) and crop.finite(null)):
         raise ValueError(
             f"{NODE}: the encoder {need.encoder.model} from {source} gives values that are not numbers (NaN or infinite), so every picture would be black. "
             "Download its file again, or start ComfyUI with --force-fp32 if half precision is too small for it."
@@ -112,7 +113,7 @@ def role_of(need: FeatureNeed) -> str:
 
 def wired_for(need: FeatureNeed, wired: Any) -> Any:
     """The wired core model if it can serve this need; a wire that serves none of its needs is refused by `refuse_unused`."""
-    return wired if wired is not None and encoders.fits_shapes(_shapes(wired), need.encoder) else None
+    return wired if wired is not None and towers.fits_shapes(_shapes(wired), need.encoder) else None
 
 
 def refuse_unused(needs: list[FeatureNeed], wired: Any) -> None:
@@ -120,7 +121,7 @@ def refuse_unused(needs: list[FeatureNeed], wired: Any) -> None:
         with named(NODE):
             if not needs:
                 raise ValueError("these adapters read no such encoder; take the wire off.")
-            encoders.check_fits(f"The model on the {role_of(needs[0])} socket", _shapes(wired), needs[0].encoder)
+            towers.check_fits(f"The model on the {role_of(needs[0])} socket", _shapes(wired), needs[0].encoder)
 
 
 def _shapes(clip_vision: Any) -> dict[str, tuple[int, ...]]:
@@ -133,7 +134,7 @@ def _patcher(cfg: ClipConfig | DinoConfig, path: str) -> comfy.model_patcher.Mod
     patcher = _loaded.get(key)
     if patcher is None:
         with named(NODE):
-            patcher = _loaded[key] = wrap(encoders.load_tower(cfg, path, _dtype()))
+            patcher = _loaded[key] = wrap(towers.load_tower(cfg, path, _dtype()))
     return patcher
 
 
@@ -154,13 +155,13 @@ def _tower_runner(need: FeatureNeed, tower: torch.nn.Module) -> Runner:
 
 def _core_runner(need: FeatureNeed, clip_vision: Any, pictures: torch.Tensor) -> tuple[Any, Runner]:
     """A loaded core CLIP_VISION: run as it is at its own size, else its weights in our tower (the shared object stays as it is)."""
-    if clip_vision.image_size != encoders.image_size(need.encoder):
+    if clip_vision.image_size != towers.image_size(need.encoder):
         # lives for this one run of the node
-        patcher = wrap(encoders.load_tower(need.encoder, clip_vision.get_sd(), _dtype()))
+        patcher = wrap(towers.load_tower(need.encoder, clip_vision.get_sd(), _dtype()))
         mm.load_models_gpu([patcher], memory_required=_memory(pictures), force_full_load=True)
         return patcher, _tower_runner(need, patcher.model)
     mm.load_model_gpu(clip_vision.patcher)
-    skipped = 1 + encoders.wanted_shape(need.encoder).registers
+    skipped = 1 + towers.wanted_shape(need.encoder).registers
 
     def run(pixels: torch.Tensor) -> torch.Tensor:
         last, penultimate, embedding, *_ = clip_vision.model(
@@ -180,11 +181,11 @@ def _none_found(need: FeatureNeed) -> str:
     seen = []
     for name in files.names(files.ENCODER_FOLDER):
         try:
-            found = encoder_files.identify(read_header(files.path_of(files.ENCODER_FOLDER, name, NODE)))
-            seen.append(f"{name} ({encoder_files.describe(found) if found else 'not an image encoder known here'})")
+            found = layouts.identify(read_header(files.path_of(files.ENCODER_FOLDER, name, NODE)))
+            seen.append(f"{name} ({layouts.describe(found) if found else 'not an image encoder known here'})")
         except ValueError:
             seen.append(f"{name} (unreadable)")
     return (
-        f"{NODE}: these adapters want {encoders.describe_model(need.encoder)}, and no file in {files.searched(files.ENCODER_FOLDER)} is one. "
+        f"{NODE}: these adapters want {towers.describe_model(need.encoder)}, and no file in {files.searched(files.ENCODER_FOLDER)} is one. "
         f"Looked at: {', '.join(seen) or 'no files at all'}. Put the encoder's file there, or wire a loaded one into {role_of(need)}."
     )

@@ -11,10 +11,10 @@ import comfy.model_patcher
 import comfy.ops
 from comfy_api.v0_0_2 import io
 
-from ..flexip_core.checkpoint import is_flexip, load_checkpoint
-from ..flexip_core.ip_adapter import load_pair
-from ..flexip_core.reference import Shared
-from ..flexip_core.weights import read_header
+from ..flexip_core.files.checkpoint import is_flexip, load_checkpoint
+from ..flexip_core.files.ip_adapter import load_pair
+from ..flexip_core.files.weights import read_header
+from ..flexip_core.run.reference import Shared
 from . import encoders, files
 from .types import CATEGORY, FlexIPAdapters
 

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from comfy_api.v0_0_2 import io, ui
 
-from ..flexip_core import maps, unet
-from ..flexip_core.contact_sheet import contact_sheet
+from ..flexip_core.measuring import maps
+from ..flexip_core.network.blocks import block_levels
+from ..flexip_core.pictures.contact_sheet import contact_sheet
 from . import encoders, notices, runtime
 from .checks import check_latent, check_numbers
 from .compat import KEEP_PREVIEW
-from .look import Recorder, look
+from .observe import Recorder, look
 from .sampler import decode
 from .scorers import check_pictures
 from .types import CATEGORY
@@ -161,7 +162,7 @@ class FlexIPAttentionMaps(io.ComfyNode):
             check_pictures(image, "image", NODE)
         check(links, latent, show, vae, image, start_percent, end_percent)
         with encoders.named(NODE):
-            chosen = maps.choose_blocks(blocks, list(unet.block_levels(model.model.diffusion_model)))
+            chosen = maps.choose_blocks(blocks, list(block_levels(model.model.diffusion_model)))
             if show == ADAPTERS:
                 groups, notes = maps.adapter_groups(links), []
                 measure = maps.measure_adapters(list(groups))

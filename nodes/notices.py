@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from ..flexip_core.link import Link
+from ..flexip_core.run.chain import Link
 
 WARNING = "WARNING: "
 

@@ -9,8 +9,8 @@ from typing import Any
 import folder_paths
 from comfy_api.v0_0_2 import io, ui
 
-from ..flexip_core.reference import Reference
-from ..flexip_core.reference_file import SUFFIX, load_reference, save_reference
+from ..flexip_core.files.reference_file import SUFFIX, load_reference, save_reference
+from ..flexip_core.run.reference import Reference
 from . import files, notices
 from .compat import is_within_directory
 from .encoders import named

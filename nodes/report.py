@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..flexip_core.link import Link, Own
-from ..flexip_core.reference import as_set
-from ..flexip_core.run import LinkRun, Run
+from ..flexip_core.run.chain import Link, Own
+from ..flexip_core.run.reference import as_set
+from ..flexip_core.run.run import LinkRun, Run
 from . import runtime
 from .notices import WARNING
 

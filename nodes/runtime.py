@@ -18,14 +18,14 @@ import comfy.model_management as mm
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..flexip_core import unet
-from ..flexip_core.attention import GatedAttention
-from ..flexip_core.link import Call, Entry, Link, Own, Setting
-from ..flexip_core.reference import as_set
-from ..flexip_core.run import LinkRun, Run
-from ..flexip_core.schedule import GateCurve, PercentOfSigma
+from ..flexip_core.network.attention import GatedAttention
+from ..flexip_core.network.blocks import block_levels
+from ..flexip_core.run.chain import Call, Entry, Link, Own, Setting
+from ..flexip_core.run.reference import as_set
+from ..flexip_core.run.run import LinkRun, Run
+from ..flexip_core.run.schedule import GateCurve, PercentOfSigma
 from . import notices, report, tags
-from .own import OWN, OwnReference, without_reminders
+from .conditioning import OWN, OwnReference, without_reminders
 
 KEY = "flexip"
 LINKS = "flexip_links"
@@ -128,7 +128,7 @@ def _start(guider: Any, links: tuple[Link, ...], latent: torch.Tensor, copies: i
             raise ValueError(
                 f"ApplyFlexIPGate: got {len(link.gates)} gates for a batch of {batch} latents; give one gate, or one per latent."
             )
-    levels = unet.block_levels(model.model.diffusion_model)
+    levels = block_levels(model.model.diffusion_model)
     conds = [(name, entry) for name, entries in guider.conds.items() for entry in entries]
     own = [_own(entry, links) for _, entry in conds]
     setting = Setting(batch, copies, height, width, levels)

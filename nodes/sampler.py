@@ -15,8 +15,8 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..flexip_core.contact_sheet import contact_sheet
-from ..flexip_core.schedule import GateBatch, GateCurve, parse_numbers
+from ..flexip_core.pictures.contact_sheet import contact_sheet
+from ..flexip_core.run.schedule import GateBatch, GateCurve, parse_numbers
 from . import encoders, runtime
 from .checks import check_latent, check_numbers
 from .compat import KEEP_PREVIEW, with_channels_of

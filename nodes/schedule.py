@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from comfy_api.v0_0_2 import io, ui
 
-from ..flexip_core.plots import Series, line_plot
-from ..flexip_core.schedule import (
+from ..flexip_core.pictures.plots import Series, line_plot
+from ..flexip_core.run.schedule import (
     GRID,
     PRESETS,
     SPREADS,

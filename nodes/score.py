@@ -10,9 +10,10 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..flexip_core import scores, text_tower
-from ..flexip_core.schedule import parse_numbers
-from ..flexip_core.scores import CLIP_I, CLIP_T, DINO_I, Score
+from ..flexip_core.encoders import text_tower
+from ..flexip_core.measuring import scores
+from ..flexip_core.measuring.scores import CLIP_I, CLIP_T, DINO_I, Score
+from ..flexip_core.run.schedule import parse_numbers
 from . import encoders, files, notices, sampler, scorers
 from .compat import KEEP_PREVIEW
 from .load import LoadedAdapters

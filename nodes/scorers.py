@@ -8,9 +8,10 @@ from typing import Any
 import comfy.model_management as mm
 import torch
 
-from ..flexip_core import scorer_files, scores, text_tower
-from ..flexip_core.images import finite
-from ..flexip_core.scorer_files import ScorerFile
+from ..flexip_core.encoders import scorer_files, text_tower
+from ..flexip_core.encoders.scorer_files import ScorerFile
+from ..flexip_core.measuring import scores
+from ..flexip_core.pictures.crop import finite
 from . import encoders, files
 
 NONE = "none"

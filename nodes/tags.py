@@ -7,7 +7,7 @@ from typing import Any
 import comfy.conds
 import torch
 
-from ..flexip_core.link import Row, View
+from ..flexip_core.run.chain import Row, View
 
 TAG = "flexip_tag"
 VIEW = "flexip_view"

@@ -18,8 +18,8 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from PIL import Image
 
-from ..flexip_core.config import GATE_MODES
-from ..flexip_core.plots import Series, line_plot
+from ..flexip_core.network.config import GATE_MODES
+from ..flexip_core.pictures.plots import Series, line_plot
 from . import files, notices
 from .compat import is_within_directory
 from .encoders import named

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # flexip_core
-from flexip_core import encoder_files, encoders, ip_adapter  # noqa: E402
-from flexip_core.checkpoint import is_flexip, load_checkpoint  # noqa: E402
-from flexip_core.config import ClipConfig, DinoConfig  # noqa: E402
-from flexip_core.weights import Header, read_header, read_tensors  # noqa: E402
+from flexip_core.encoders import layouts, towers  # noqa: E402
+from flexip_core.files import ip_adapter  # noqa: E402
+from flexip_core.files.checkpoint import is_flexip, load_checkpoint  # noqa: E402
+from flexip_core.files.weights import Header, read_header, read_tensors  # noqa: E402
+from flexip_core.network.config import ClipConfig, DinoConfig  # noqa: E402
 
 SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 TOLERANCE = 1e-3  # of an image projection against diffusers', in float32; its tokens are layer-normed
@@ -75,7 +76,7 @@ def _check(path: Path, row: Row, wanted: list[Encoder]) -> None:
         row.what = "FlexIP checkpoint"
         cfg = load_checkpoint(path).cfg
         row.what, row.loads = f"FlexIP checkpoint for {cfg.base}", "yes"
-        row.wants = " and ".join(encoders.describe_model(need) for need in (cfg.clip, cfg.dino))
+        row.wants = " and ".join(towers.describe_model(need) for need in (cfg.clip, cfg.dino))
         return
     try:
         adapter = ip_adapter.recognise(header.shapes)
@@ -83,10 +84,10 @@ def _check(path: Path, row: Row, wanted: list[Encoder]) -> None:
         row.what = str(error)
         return
     if adapter is not None:
-        row.what, row.wants = adapter.describe(), encoders.describe_model(adapter.clip)
+        row.what, row.wants = adapter.describe(), towers.describe_model(adapter.clip)
         _check_adapter(path, row, adapter)
-    elif encoder := encoder_files.identify(header):
-        row.what = encoder_files.describe(encoder)
+    elif encoder := layouts.identify(header):
+        row.what = layouts.describe(encoder)
         _check_encoder(path, row, header, wanted)
     else:
         row.what = "nothing of FlexIP's, such as a checkpoint or a LoRA; not checked"
@@ -127,11 +128,11 @@ def _check_adapter(path: Path, row: Row, adapter: ip_adapter.IPAdapterFile) -> N
 
 
 def _check_encoder(path: Path, row: Row, header: Header, wanted: list[Encoder]) -> None:
-    cfg = next((cfg for cfg in wanted if encoders.fits_shapes(header.shapes, cfg)), None)
+    cfg = next((cfg for cfg in wanted if towers.fits_shapes(header.shapes, cfg)), None)
     if cfg is None:
         row.what += ", which no adapter here wants"
         return
-    encoders.load_tower(cfg, path, torch.float16)
+    towers.load_tower(cfg, path, torch.float16)
     row.loads = "yes"
 
 

@@ -22,7 +22,7 @@ from PIL import Image  # noqa: E402
 from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
 from server import ComfyServer  # noqa: E402
 
-from flexip_core import mini  # noqa: E402
+from flexip_core.untrained import mini  # noqa: E402
 
 PACK = "flexip"
 PICTURE = "example.png"  # every ComfyUI has it in its input folder

@@ -2,5 +2,5 @@
 
     python -m flexip_core.evaluation generate|score|compare|plot
 
-`score` writes one file of scores per method and setting (scores_file.py); everything after it reads only that.
+`score` writes one file of scores per method and setting (measuring/scores_file.py); everything after it reads only that.
 """

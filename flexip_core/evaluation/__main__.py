@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..schedule import parse_numbers
-from ..weights import write_atomically
-from . import benchmark, control, figures, generate, instruments, published, scores_file, statistics, tables
-from .scores_file import Scores
+from ..files.weights import write_atomically
+from ..measuring import scores_file
+from ..measuring.scores_file import Scores
+from ..run.schedule import parse_numbers
+from . import benchmark, control, figures, generate, instruments, published, statistics, tables
 
 SCORES = "scores.json"
 MOST_GATES = 10_000

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from ..weights import Header, read_tensors, read_weights
+from ..files.weights import Header, read_tensors, read_weights
 
 STANDARD = "sac+logos+ava1-l14-linearMSE.pth"
 WIDTHS = (768, 1024, 128, 64, 16, 1)

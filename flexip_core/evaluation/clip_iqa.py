@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .. import text_tower
-from ..encoder_files import EncoderFile, TowerShape
-from ..scores import cosine
-from ..text_tower import TextFile
-from ..weights import Header, read_header, read_tensors, read_weights
+from ..encoders import text_tower
+from ..encoders.layouts import EncoderFile, TowerShape
+from ..encoders.text_tower import TextFile
+from ..files.weights import Header, read_header, read_tensors, read_weights
+from ..measuring.scores import cosine
 from .metrics import encode_prompts, pixels
 
 PROMPTS = ("Good photo.", "Bad photo.")

@@ -4,7 +4,7 @@ control(scores)              every measure of one sweep, with the lines that it 
 compare(ours, baseline)      the same of two sweeps, side by side
 refinement(scores)           the gates between which to look again; refined(coarse, fine) puts both sweeps together
 
-The unit of the knob is a tenth of the sweep: a step is what a score does over any tenth (smoothness.py), so that 11 gates, 21
+The unit of the knob is a tenth of the sweep: a step is what a score does over any tenth (measuring/smoothness.py), so that 11 gates, 21
 gates and a refined sweep are measured by the same lines. Ranks and the area are of the gates as they were sampled.
 """
 
@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import smoothness
+from ..measuring import smoothness
+from ..measuring.scores_file import Scores
 from .curves import PRIMARY, TENTHS, Columns, Curves, case_of
-from .scores_file import Scores
 
 LOW, HIGH = 1, 9  # tenths: the usable range is measured between them
 FINE = 21  # gates of a refined stretch, both its ends included

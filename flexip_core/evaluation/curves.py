@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .scores_file import Row, Scores
+from ..measuring.scores_file import Row, Scores
 
 TENTHS = 10
 LEAST_GATES = 3

@@ -20,12 +20,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..contact_sheet import contact_sheet
-from ..plots import COLOURS
-from ..weights import write_atomically
+from ..files.weights import write_atomically
+from ..measuring.scores_file import Scores
+from ..pictures.contact_sheet import contact_sheet
+from ..pictures.plots import COLOURS
 from .curves import PRIMARY, TENTHS, Columns, Curves
 from .metrics import read_picture
-from .scores_file import Scores
 from .statistics import interval
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # colours alone do not survive a grey print

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..weights import write_atomically
+from ..files.weights import write_atomically
 from . import run_file
 from .benchmark import Benchmark, Case, picture_name
 from .client import PromptError, ServerError

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import encoder_files, scorer_files
-from ..scores import image_scores
-from ..weights import Header, name_of, read_header, sha256
+from ..encoders import layouts, scorer_files
+from ..files.weights import Header, name_of, read_header, sha256
+from ..measuring.scores import image_scores
+from ..measuring.scores_file import Row
 from . import aesthetic, clip_iqa, metrics
-from .bench import Bench, Column, chunks, float32
 from .benchmark import Picture, Subject
-from .scores_file import Row
+from .loaded_encoders import Bench, Column, chunks, float32
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 CONVERT = (
@@ -46,12 +46,12 @@ class Role:
 
 
 def _make_clip(name: str, header: Header) -> scorer_files.ScorerFile | None:
-    file = encoder_files.identify(header)
+    file = layouts.identify(header)
     return scorer_files.clip_scorer(name, header.path) if file and file.shape.kind == "clip" else None
 
 
 def _make_dino(name: str, header: Header) -> scorer_files.ScorerFile | None:
-    file = encoder_files.identify(header) or encoder_files.identify_vit(header)
+    file = layouts.identify(header) or layouts.identify_vit(header)
     return scorer_files.dino_scorer(name, header.path) if file and file.shape.kind == "dino" else None
 
 

@@ -25,9 +25,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from .. import encoder_files, scorer_files, text_tower
-from ..scorer_files import ScorerFile
-from ..weights import name_of, read_header, read_tensors
+from ..encoders import layouts, scorer_files, text_tower
+from ..encoders.scorer_files import ScorerFile
+from ..files.weights import name_of, read_header, read_tensors
 
 # --- on features ---
 
@@ -67,7 +67,7 @@ def square(picture: Image.Image, scorer: ScorerFile) -> Tensor:
         (side - scorer.crop) // 2 if scorer.kind == "clip" else round((side - scorer.crop) / 2) for side in size
     )
     middle = scaled.crop((left, top, left + scorer.crop, top + scorer.crop))
-    return pixels(middle, *scorer_files.encoders.statistics(scorer.encoder))
+    return pixels(middle, *scorer_files.towers.statistics(scorer.encoder))
 
 
 # --- encoders ---
@@ -99,7 +99,7 @@ def _place_as_published(scorer: ScorerFile, tower: torch.nn.Module) -> None:
     grid, side = isqrt(shape.positions), scorer.crop // shape.patch
     if shape.kind != "dino" or shape.registers or grid == side:
         return
-    (key,) = encoder_files.tower_sources(read_header(scorer.path).shapes, scorer.file)["pos_embed"]
+    (key,) = layouts.tower_sources(read_header(scorer.path).shapes, scorer.file)["pos_embed"]
     positions = read_tensors(scorer.path, [key])[key].float()  # (1, [CLS] + n, width)
     first = positions.shape[1] - shape.positions
     patches = positions[:, first:].reshape(1, grid, grid, -1).movedim(-1, 1)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..weights import sha256, write_atomically
+from ..files.weights import sha256, write_atomically
 from .benchmark import Benchmark
 from .recipe import SAMPLER_SETTINGS, SIZE_SETTINGS, Recipe, differences
 

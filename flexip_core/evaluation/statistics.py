@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .scores_file import Row
+from ..measuring.scores_file import Row
 
 RESAMPLES = 10_000
 SEED = 0

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..weights import write_atomically
+from ..files.weights import write_atomically
+from ..measuring.scores_file import Scores
 from .published import COLUMNS, inserted, mean_ranks, printed_mean_ranks, published, real_pictures, table1
-from .scores_file import Scores
 from .statistics import Summary, by_category, by_gate, summarize
 
 SECOND_SET = ("CLIP-T (L/14)", "CLIP-I (L/14)", "DINO-I (DINOv2)")

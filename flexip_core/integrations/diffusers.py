@@ -23,11 +23,11 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from ..adapters import ADAPTERS, FlexIPNetwork
-from ..attention import Branch, attention, decoupled_attention
-from ..encoders import load_tower
-from ..gate import Numbers, gated_branches
-from ..images import normalise, prepare
+from ..encoders.towers import load_tower
+from ..network.adapters import ADAPTERS, FlexIPNetwork
+from ..network.attention import Branch, attention, decoupled_attention
+from ..network.gate import Numbers, gated_branches
+from ..pictures.crop import normalise, prepare
 
 Branches = Mapping[str, tuple[Branch, ...]]
 """Block address -> what the block's cross-attention adds."""
@@ -166,7 +166,7 @@ class GatedProcessor:
 
 
 def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
-    """ComfyUI's block address -> attn2 module, in the order of execution, as flexip_core.unet.cross_attentions gives them."""
+    """ComfyUI's block address -> attn2 module, in the order of execution, as flexip_core.network.blocks.cross_attentions gives them."""
     return {address: unet.get_submodule(name) for address, name in attention_names(unet).items()}
 
 

@@ -19,11 +19,11 @@ import torch.nn as nn
 from safetensors.torch import save
 from torch import Tensor
 
-from ..encoders import ClipTower, DinoTower
+from ..encoders.towers import ClipTower, DinoTower
+from ..files.weights import read_header, read_tensors, write_atomically
 from ..training.base import Text
 from ..training.loop import generator
 from ..training.losses import add_noise, min_snr_weights, noise_loss
-from ..weights import read_header, read_tensors, write_atomically
 from . import world
 from .architecture import TEXT_WIDTH, UNET, alphas_cumprod, to_latents, to_pictures
 from .encoders import CLIP, DINO, pixels_for

@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from ..adapters import ADAPTERS, FlexIPNetwork
-from ..evaluation import smoothness
+from ..measuring import smoothness
+from ..network.adapters import ADAPTERS, FlexIPNetwork
 from . import measure
 from .base import MiniBase
 from .measure import Instruments, Setup

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import ADAPTERS, FlexIPNetwork
-from ..evaluation import smoothness
+from ..measuring import smoothness
+from ..network.adapters import ADAPTERS, FlexIPNetwork
 from . import measure
 from .base import MiniBase
 from .causes import all_but, growing, late, only

@@ -14,9 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import images
-from ..config import ClipConfig, DinoConfig
-from ..encoders import ClipTower, DinoTower, build_clip_tower, build_dino_tower
+from ..encoders.towers import ClipTower, DinoTower, build_clip_tower, build_dino_tower
+from ..network.config import ClipConfig, DinoConfig
+from ..pictures import crop
 from . import world
 from .optimizer import warm_cosine
 from .text import TextEncoder
@@ -57,7 +57,7 @@ def shrink(images: Tensor) -> Tensor:
 
 def pixels_for(tower: ClipTower | DinoTower, pictures: Tensor) -> Tensor:
     """(b, 3, 16, 16) in -1..1 -> what the tower reads, (b, 3, 64, 64): enlarged last, which is the same and cheaper"""
-    return _wide(images.normalise((pictures * 0.5 + 0.5).movedim(1, -1), tower.mean, tower.std))
+    return _wide(crop.normalise((pictures * 0.5 + 0.5).movedim(1, -1), tower.mean, tower.std))
 
 
 def _wide(pictures: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from ..weights import read_tensors, write_atomically
+from ..files.weights import read_tensors, write_atomically
 from .architecture import TEXT_WIDTH
 from .text import TextEncoder
 

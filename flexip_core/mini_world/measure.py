@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters import ADAPTERS, FlexIPNetwork
-from ..evaluation import smoothness
+from ..measuring import smoothness
+from ..network.adapters import ADAPTERS, FlexIPNetwork
 from . import judge as judging
 from . import world
 from .base import MiniBase

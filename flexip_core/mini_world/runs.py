@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from ..adapters import ADAPTERS, FlexIPNetwork
-from ..checkpoint import load_checkpoint
-from ..config import GATE_MODES
+from ..files.checkpoint import load_checkpoint
+from ..files.weights import write_atomically
+from ..network.adapters import ADAPTERS, FlexIPNetwork
+from ..network.config import GATE_MODES
 from ..training.config import TrainConfig
 from ..training.loop import BEST, FINAL
-from ..weights import write_atomically
 from . import judge, measure, world
 from .base import MiniBase
 from .measure import Instruments, Setup, Sweep

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import load_checkpoint
-from ..evaluation.scores_file import Row, Scores
+from ..files.checkpoint import load_checkpoint
+from ..measuring.scores_file import Row, Scores
 from . import measure, world
 from .base import MiniBase
 from .measure import Instruments, Setup, Sweep

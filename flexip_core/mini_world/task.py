@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..adapters import FlexIPNetwork
-from ..encoders import load_tower
+from ..encoders.towers import load_tower
+from ..files.weights import read_tensors
+from ..network.adapters import FlexIPNetwork
 from ..training.base import Probe, Task
-from ..weights import read_tensors
 from . import files
 from .base import MiniBase, make_unet
 from .encoders import CLIP, DINO, Contrast, untrained

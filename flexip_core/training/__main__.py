@@ -18,7 +18,7 @@ import logging
 import sys
 from pathlib import Path
 
-from ..weights import write_atomically
+from ..files.weights import write_atomically
 from .background import STOP, locked
 from .base import Task
 from .checkpointing import export, states

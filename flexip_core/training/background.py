@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..weights import write_atomically
+from ..files.weights import write_atomically
 from .checkpointing import changed, states
 from .config import TrainConfig
 from .loop import FINAL, LOG

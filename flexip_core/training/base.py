@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn as nn
 
-from ..adapters import FlexIPNetwork
-from ..config import ClipConfig, DinoConfig
+from ..network.adapters import FlexIPNetwork
+from ..network.config import ClipConfig, DinoConfig
 from .data import Captions, PairSource
 
 

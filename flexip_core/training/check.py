@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..weights import sha256
+from ..files.weights import sha256
 from .dataset import DataSet, Group, View, open_store, scan
 from .folders import mask_misfit
 from .pictures import decode_frame, decode_mask, decode_picture, reduced, subject_box, target
@@ -221,7 +221,7 @@ def _masks(seen: list[_Seen]) -> list[Problem]:
 
 
 def _captions(data: DataSet, tokens: int, report: Report) -> list[Problem]:
-    from ..text_tower import count_tokens  # loads open_clip's vocabulary
+    from ..encoders.text_tower import count_tokens  # loads open_clip's vocabulary
 
     empty, long, problems = [], [], []
     texts: dict[str, int] = {}

@@ -19,10 +19,10 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save
 
-from ..adapters import FlexIPNetwork
-from ..checkpoint import save_checkpoint
-from ..config import FlexIPConfig
-from ..weights import name_of, read_header, read_tensors, write_atomically
+from ..files.checkpoint import save_checkpoint
+from ..files.weights import name_of, read_header, read_tensors, write_atomically
+from ..network.adapters import FlexIPNetwork
+from ..network.config import FlexIPConfig
 
 FORMAT = "1"
 STATE_KEY = "flexip.training"

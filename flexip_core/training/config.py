@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..adapters import ADAPTERS
-from ..config import GATE_MODES, ResamplerConfig
+from ..network.adapters import ADAPTERS
+from ..network.config import GATE_MODES, ResamplerConfig
 
 PRECISIONS = ("fp32", "bf16")
 STARTS = ("text", "zero", "random")

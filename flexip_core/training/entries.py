@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from ..weights import read_header, sha256, write_atomically
+from ..files.weights import read_header, sha256, write_atomically
 from .data import INVARIANT, VARIANT
 from .dataset import DataSet, View
 from .folders import Choice, load

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..config import ClipConfig, DinoConfig
-from ..encoder_files import describe, identify
-from ..encoders import check_fits, fits_shapes
-from ..scorer_files import Unsuited, clip_scorer, dino_scorer
-from ..weights import name_of, read_header
+from ..encoders.layouts import describe, identify
+from ..encoders.scorer_files import Unsuited, clip_scorer, dino_scorer
+from ..encoders.towers import check_fits, fits_shapes
+from ..files.weights import name_of, read_header
+from ..network.config import ClipConfig, DinoConfig
 
 NEEDED = {  # by the name that [task] and the node have for it
     "clip_vision": "a CLIP ViT image encoder, such as CLIP ViT-H/14",

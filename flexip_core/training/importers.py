@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..weights import write_atomically
+from ..files.weights import write_atomically
 from .dataset import CLASS, MASK, safe_name
 from .pictures import CLIPS, PICTURES
 

@@ -21,17 +21,25 @@ from typing import Any
 
 import torch
 
-from ..adapters import FlexIPNetwork
-from ..checkpoint import save_checkpoint
-from ..config import FlexIPConfig
+from ..files.checkpoint import save_checkpoint
+from ..files.weights import write_atomically
 from ..integrations.diffusers import block_widths, branches, gated, text_projections
-from ..weights import write_atomically
+from ..network.adapters import FlexIPNetwork
+from ..network.config import FlexIPConfig
 from .base import Base, Probe, Text
 from .checkpointing import Progress, load_into, read_state, save_state, state_tensors, states
 from .config import DropoutConfig, GateConfig, TrainConfig
 from .data import INVARIANT, VARIANT, Batch, PairSource, check_source, drop_phrases
 from .losses import Meter, add_noise, min_snr_weights, noise_loss
-from .optim import average_gradients, ema_decay, gradient_norms, lr_at, make_optimizer, trainable, update_average
+from .optim import (
+    average_gradients,
+    ema_decay,
+    gradient_norms,
+    lr_at,
+    make_optimizer,
+    trainable,
+    update_average,
+)
 from .ranks import Ranks, TrainingError
 from .recompute import set_recompute
 

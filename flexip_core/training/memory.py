@@ -19,10 +19,10 @@ import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from ..adapters import FlexIPNetwork
-from ..config import ClipConfig, DinoConfig, FlexIPConfig
-from ..encoders import build_clip_tower, build_dino_tower
+from ..encoders.towers import build_clip_tower, build_dino_tower
 from ..integrations.diffusers import block_widths, branches, gated
+from ..network.adapters import FlexIPNetwork
+from ..network.config import ClipConfig, DinoConfig, FlexIPConfig
 from .config import TrainConfig
 from .optim import trainable
 from .recompute import BLOCKS, set_recompute

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn as nn
 
-from ..adapters import ADAPTERS, FlexIPNetwork
+from ..network.adapters import ADAPTERS, FlexIPNetwork
 from .config import EmaConfig, OptimizerConfig
 from .ranks import Ranks
 

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..adapters import ADAPTERS, FlexIPNetwork
-from ..contact_sheet import contact_sheet
-from ..scorer_files import clip_scorer
-from ..text_tower import TextTower, load_text_tower, tokenize
-from ..weights import name_of, write_atomically
+from ..encoders.scorer_files import clip_scorer
+from ..encoders.text_tower import TextTower, load_text_tower, tokenize
+from ..files.weights import name_of, write_atomically
+from ..network.adapters import ADAPTERS, FlexIPNetwork
+from ..pictures.contact_sheet import contact_sheet
 from .data import INVARIANT, VARIANT, PairSource
 from .sampling import draw
 from .sd_configs import LATENT_CHANNELS, SIDE

@@ -12,8 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..adapters import ADAPTERS, FlexIPNetwork
 from ..integrations.diffusers import Branches, branches, gated
+from ..network.adapters import ADAPTERS, FlexIPNetwork
 from .base import Base
 from .data import Captions
 

@@ -19,12 +19,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .. import images
-from ..adapters import ADAPTERS
-from ..config import ClipConfig, DinoConfig
-from ..encoders import ClipTower, DinoTower, load_tower
-from ..text_tower import tokenize
-from ..weights import name_of, read_tensors
+from ..encoders.text_tower import tokenize
+from ..encoders.towers import ClipTower, DinoTower, load_tower
+from ..files.weights import name_of, read_tensors
+from ..network.adapters import ADAPTERS
+from ..network.config import ClipConfig, DinoConfig
+from ..pictures import crop
 from .base import Task, Text
 from .cached import cached
 from .config import TrainConfig
@@ -164,7 +164,7 @@ class SDBase:
 
 
 def pixels_for(tower: ClipTower | DinoTower, pictures: Tensor) -> Tensor:
-    """(b, 3, h, w) in -1..1 -> normalised pixels (b, 3, s, s), as images.prepare and images.normalise make them, on any device."""
+    """(b, 3, h, w) in -1..1 -> normalised pixels (b, 3, s, s), as crop.prepare and crop.normalise make them, on any device."""
     size = tower.image_size
     height, width = pictures.shape[2:]
     scale = size / min(height, width)
@@ -174,7 +174,7 @@ def pixels_for(tower: ClipTower | DinoTower, pictures: Tensor) -> Tensor:
         seen = nn.functional.interpolate(seen, size=shape, mode="bicubic", antialias=True)
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     squares = seen[:, :, top : top + size, left : left + size]
-    return images.normalise(squares.clamp(0, 1).movedim(1, -1), tower.mean, tower.std)
+    return crop.normalise(squares.clamp(0, 1).movedim(1, -1), tower.mean, tower.std)
 
 
 def _encode(module: nn.Module, text: TextEncoder, prompts: Sequence[str], last: bool) -> tuple[Tensor, Tensor | None]:

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..text_tower import HEAD_WIDTH, VOCABULARY
-from ..weights import Header, name_of, read_header
+from ..encoders.text_tower import HEAD_WIDTH, VOCABULARY
+from ..files.weights import Header, name_of, read_header
 
 Shapes = Mapping[str, tuple[int, ...]]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

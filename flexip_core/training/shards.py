@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from ..weights import write_atomically
+from ..files.weights import write_atomically
 from .dataset import CLASS, PARTS, SETTINGS, DataSet, FolderStore, Group, View, safe_name, scan
 from .pictures import CLIPS, PICTURES
 

@@ -8,7 +8,7 @@ import folder_paths
 import pytest
 import tiny
 import torch
-from flexip_pack.flexip_core import mini
+from flexip_pack.flexip_core.untrained import mini
 from flexip_pack.nodes import files, runtime
 from flexip_pack.nodes.apply import ApplyFlexIPGate
 from flexip_pack.nodes.auto_gate import FlexIPAutoGate

@@ -5,7 +5,7 @@ import comfy.sd1_clip
 import comfy.sdxl_clip
 import pytest
 import tiny
-from flexip_pack.flexip_core import maps
+from flexip_pack.flexip_core.measuring import maps
 from flexip_pack.nodes import runtime
 from flexip_pack.nodes.maps import FlexIPAttentionMaps
 

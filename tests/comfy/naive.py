@@ -17,10 +17,10 @@ from typing import Any
 import comfy.ldm.modules.attention
 import tiny
 import torch
-from flexip_pack.flexip_core import unet
-from flexip_pack.flexip_core.link import Link
-from flexip_pack.flexip_core.reference import Reference, ReferenceSet
-from flexip_pack.flexip_core.space import as_masks
+from flexip_pack.flexip_core.network.blocks import cross_attentions
+from flexip_pack.flexip_core.run.chain import Link
+from flexip_pack.flexip_core.run.masks import as_masks
+from flexip_pack.flexip_core.run.reference import Reference, ReferenceSet
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in latent cells
 Shown = tuple[list[int], list[int]]  # the latent's rows and columns
@@ -117,7 +117,7 @@ def attach(model, specs: Sequence[Spec], prompts: Sequence[Prompt], picture: Pic
     model = model.clone()
     sampling = model.get_model_object("model_sampling")
     levels = _levels(model)
-    for address, attn2 in unet.cross_attentions(model.model.diffusion_model).items():
+    for address, attn2 in cross_attentions(model.model.diffusion_model).items():
         kind, number, index = address.split(".")
         block = Block(address, levels[address], attn2, sampling, specs, prompts, picture)
         model.set_model_attn2_replace(block, kind, int(number), transformer_index=int(index))
@@ -127,7 +127,7 @@ def attach(model, specs: Sequence[Spec], prompts: Sequence[Prompt], picture: Pic
 def _levels(model) -> dict[str, int]:
     """The tiny model halves once, between input.1 and input.3, and doubles after output.1."""
     at_full_size = {"input.1.0", "output.2.0", "output.3.0", "output.3.1"}
-    return {address: int(address not in at_full_size) for address in unet.cross_attentions(model.model.diffusion_model)}
+    return {address: int(address not in at_full_size) for address in cross_attentions(model.model.diffusion_model)}
 
 
 class Block:

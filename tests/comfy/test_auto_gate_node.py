@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import tiny
 import torch
-from flexip_pack.flexip_core import auto_gate
+from flexip_pack.flexip_core.measuring import auto_gate
 from flexip_pack.nodes import auto_gate as auto_gate_node
 from flexip_pack.nodes import runtime, scorers
 from flexip_pack.nodes import sampler as sampler_node
 from flexip_pack.nodes.auto_gate import SCORE, SHARE, FlexIPAutoGate
-from flexip_pack.nodes.own import FlexIPConditioning
+from flexip_pack.nodes.conditioning import FlexIPConditioning
 
 P, N = tiny.cond(1), tiny.cond(2)
 PICTURE = torch.rand(1, 16, 16, 3)

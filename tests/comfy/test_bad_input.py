@@ -28,12 +28,13 @@ from bad import (  # noqa: F401 - fixtures among them
     sample,
     spoiled,
 )
-from flexip_pack.flexip_core import encoders, mini
-from flexip_pack.flexip_core.adapters import FlexIPNetwork
-from flexip_pack.flexip_core.checkpoint import save_checkpoint
+from flexip_pack.flexip_core.encoders import towers
+from flexip_pack.flexip_core.files.checkpoint import save_checkpoint
+from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
+from flexip_pack.flexip_core.untrained import mini
 from flexip_pack.nodes.combine import FlexIPCombineReferences
+from flexip_pack.nodes.conditioning import FlexIPConditioning
 from flexip_pack.nodes.load import LoadFlexIPAdapters
-from flexip_pack.nodes.own import FlexIPConditioning
 from flexip_pack.nodes.schedule import FlexIPGateBatch, FlexIPGateSchedule
 from flexip_pack.nodes.score import FlexIPScore
 from test_reference_nodes import reference as reference_for_tiny
@@ -180,7 +181,7 @@ def test_small_and_long_latents_are_sampled(gated):
 
 def test_an_encoder_whose_answer_is_not_numbers_is_named(adapters, folders, monkeypatch):
     """Half precision may overflow in it, though its file is whole."""
-    monkeypatch.setattr(encoders.ClipTower, "forward", lambda self, pixels: pixels.new_full((len(pixels), 32), NAN))
+    monkeypatch.setattr(towers.ClipTower, "forward", lambda self, pixels: pixels.new_full((len(pixels), 32), NAN))
     text = refused("EncodeReference", encode, adapters, picture())
     assert mini.MINI_CLIP_FILE in text and "not numbers" in text
 

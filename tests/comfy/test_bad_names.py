@@ -9,8 +9,8 @@ import sys
 
 import folder_paths
 import pytest
-from flexip_pack.flexip_core import mini
-from flexip_pack.flexip_core.reference_file import SUFFIX, load_reference, save_reference
+from flexip_pack.flexip_core.files.reference_file import SUFFIX, load_reference, save_reference
+from flexip_pack.flexip_core.untrained import mini
 from flexip_pack.nodes import files
 from flexip_pack.nodes.auto_gate import FlexIPAutoGate
 from flexip_pack.nodes.load import LoadFlexIPAdapters

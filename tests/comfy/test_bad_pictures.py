@@ -110,17 +110,17 @@ def test_odd_pictures_are_scored(own_folders, what):
 # side, channels, crop of each picture -> peak memory of preparing it, in pictures of that size
 BIG = """
 import pathlib, sys, torch
-from flexip_core import images
+from flexip_core.pictures.crop import prepare
 
 def kilobytes(key):
     return int(pathlib.Path("/proc/self/status").read_text().split(key)[1].split()[0])
 
 for side, channels, crop in zip(map(int, sys.argv[1::3]), map(int, sys.argv[2::3]), sys.argv[3::3]):
     picture = torch.full((side, side, channels), 0.5)
-    images.prepare(picture[:64, :64], torch.ones(4, 4), crop, 224)
+    prepare(picture[:64, :64], torch.ones(4, 4), crop, 224)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
     before = kilobytes("VmRSS:")
-    out = images.prepare(picture, torch.ones(4, 4), crop, 224)
+    out = prepare(picture, torch.ones(4, 4), crop, 224)
     assert out.shape == (224, 224, 3) and out.isfinite().all()
     print((kilobytes("VmHWM:") - before) * 1024 / picture.nbytes)
 """

@@ -10,10 +10,10 @@ import pytest
 import tiny
 import torch
 from comfy_execution.utils import CurrentNodeContext
-from flexip_pack.flexip_core.schedule import GateBatch, GateCurve
+from flexip_pack.flexip_core.run.schedule import GateBatch, GateCurve
 from flexip_pack.nodes import runtime
 from flexip_pack.nodes.combine import combine_references
-from flexip_pack.nodes.own import FlexIPConditioning
+from flexip_pack.nodes.conditioning import FlexIPConditioning
 
 import nodes
 

@@ -9,8 +9,8 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from counters import peak_megabytes, per_call
-from flexip_pack.flexip_core.adapters import ADAPTERS
-from flexip_pack.flexip_core.schedule import GateCurve
+from flexip_pack.flexip_core.network.adapters import ADAPTERS
+from flexip_pack.flexip_core.run.schedule import GateCurve
 from models import Bench, Link, Reference, runtime
 
 BLOCKS = 16

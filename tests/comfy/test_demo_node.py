@@ -2,21 +2,22 @@
 
 import comfy.sample
 import folder_paths
-import nodes as core_nodes
 import pytest
 import torch
-from flexip_pack.flexip_core.adapters import FlexIPNetwork
-from flexip_pack.flexip_core.checkpoint import save_checkpoint
+from flexip_pack.flexip_core.files.checkpoint import save_checkpoint
 from flexip_pack.flexip_core.integrations.diffusers import block_widths
 from flexip_pack.flexip_core.mini_world import encoders, files, runs, sampling, task, world
 from flexip_pack.flexip_core.mini_world.architecture import to_pictures
 from flexip_pack.flexip_core.mini_world.base import BaseRun
+from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
 from flexip_pack.flexip_core.training.loop import make_network
 from flexip_pack.nodes import demo
 from flexip_pack.nodes.apply import ApplyFlexIPGate
 from flexip_pack.nodes.demo import FlexIPDemoModels
 from flexip_pack.nodes.encode import EncodeReference
 from flexip_pack.nodes.sampler import FlexIPSampler
+
+import nodes as core_nodes
 
 
 @pytest.fixture(scope="module")

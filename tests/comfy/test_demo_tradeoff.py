@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 
 import folder_paths
-import nodes as core_nodes
 import pytest
 import torch
 from flexip_pack.flexip_core.mini_world import world
@@ -17,6 +16,8 @@ from flexip_pack.nodes.apply import ApplyFlexIPGate
 from flexip_pack.nodes.demo import FlexIPDemoModels
 from flexip_pack.nodes.encode import EncodeReference
 from flexip_pack.nodes.sampler import FlexIPSampler
+
+import nodes as core_nodes
 
 SUBJECTS = 24
 GATES = (0.0, 0.25, 0.5, 0.75, 1.0)

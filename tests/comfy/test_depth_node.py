@@ -11,7 +11,8 @@ import comfy.utils
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from flexip_pack.flexip_core import depth, unet
+from flexip_pack.flexip_core.network.blocks import block_levels, cross_attentions
+from flexip_pack.flexip_core.run import depth
 from flexip_pack.nodes.depth import FlexIPBlocks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -73,9 +74,9 @@ def observed(model: torch.nn.Module, x: torch.Tensor) -> dict[str, tuple[int, in
         seen[address] = q.shape[1], extra_options["transformer_index"]
         return torch.zeros_like(q)
 
-    keys = [address.split(".") for address in unet.cross_attentions(model)]
+    keys = [address.split(".") for address in cross_attentions(model)]
     patches = {(kind, int(number), int(index)): look for kind, number, index in keys}
-    text_width = next(iter(unet.cross_attentions(model).values())).to_k.weight.shape[1]
+    text_width = next(iter(cross_attentions(model).values())).to_k.weight.shape[1]
     y = torch.zeros(1, 2816, device=x.device) if model.num_classes else None
     with torch.no_grad():
         model(
@@ -94,8 +95,8 @@ def observed_once(name: str) -> dict[str, tuple[int, int]]:
 
 
 def check_tokens(model: torch.nn.Module, x: torch.Tensor) -> None:
-    levels = unet.block_levels(model)
-    assert list(levels) == list(unet.cross_attentions(model))
+    levels = block_levels(model)
+    assert list(levels) == list(cross_attentions(model))
     height, width = x.shape[-2:]
     expected = {a: math.ceil(height / 2**level) * math.ceil(width / 2**level) for a, level in levels.items()}
     assert {address: tokens for address, (tokens, _) in observed(model, x).items()} == expected
@@ -129,18 +130,18 @@ def small_model():
 
 def test_levels_count_resblocks_that_resample() -> None:
     model = on_meta("resblock_updown")
-    assert unet.block_levels(model) == unet.block_levels(on_meta("SD15"))
+    assert block_levels(model) == block_levels(on_meta("SD15"))
     check_tokens(model, torch.empty(1, 4, 24, 40, device="meta"))
 
 
 def test_levels_of_the_known_models() -> None:
-    sd15, sdxl = unet.block_levels(on_meta("SD15")), unet.block_levels(on_meta("SDXL"))
+    sd15, sdxl = block_levels(on_meta("SD15")), block_levels(on_meta("SDXL"))
     assert Counter(sd15.values()) == {0: 5, 1: 5, 2: 5, 3: 1} and sd15["middle.0.0"] == 3
     assert Counter(sdxl.values()) == {1: 10, 2: 60} and sdxl["middle.0.9"] == 2
 
 
 def test_a_model_without_such_blocks_has_no_levels() -> None:
-    assert unet.block_levels(torch.nn.Linear(2, 2)) == {}
+    assert block_levels(torch.nn.Linear(2, 2)) == {}
 
 
 def acting(preset: str, levels: dict[str, int]) -> dict[str, float]:
@@ -163,7 +164,7 @@ def test_composition_and_style_are_the_blocks_that_ipadapter_plus_means(name: st
     counts = observed_once(name)
     table = IPADAPTER_PLUS[name, preset]
     expected = {address: table[count] for address, (_, count) in counts.items() if count in table}
-    assert acting(preset, unet.block_levels(model)) == expected
+    assert acting(preset, block_levels(model)) == expected
 
 
 @pytest.mark.parametrize(
@@ -174,13 +175,13 @@ def test_composition_and_style_of_sdxl_are_instantstyles_blocks(preset: str, dif
     names = comfy.utils.unet_to_diffusers(SDXL)
     block, _, layer = names[f"{diffusers_name}.proj_in.weight"].partition(".")  # input_blocks, 8.1.proj_in.weight
     prefix = f"{block.removesuffix('_blocks')}.{layer.split('.')[0]}."
-    levels = unet.block_levels(on_meta("SDXL"))
+    levels = block_levels(on_meta("SDXL"))
     assert acting(preset, levels) == {address: 1.0 for address in levels if address.startswith(prefix)}
     assert len(acting(preset, levels)) == 10
 
 
 def test_other_unets_get_the_last_block_down_and_the_deepest_blocks_up() -> None:
-    levels = unet.block_levels(on_meta("KOALA"))
+    levels = block_levels(on_meta("KOALA"))
     assert blocks_of(acting("composition only", levels)) == {"input.5"}
     assert blocks_of(acting("style only", levels)) == {"output.0", "output.1"}
 
@@ -197,7 +198,7 @@ def test_the_node_hands_on_both_choices_and_shows_every_block_of_the_model() -> 
     model = small_model()
     out = run("list", "coarse", "input=0.5, all=2", "all=1", model)
     (strengths,) = out.args
-    levels = unet.block_levels(model.model.diffusion_model)
+    levels = block_levels(model.model.diffusion_model)
     resolved = strengths.resolve(levels)
     assert resolved["preservation"] == {a: 0.5 if a.startswith("input") else 2.0 for a in levels}
     assert resolved["personalization"] == {a: float(level > 0) for a, level in levels.items()}

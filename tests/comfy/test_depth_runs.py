@@ -11,7 +11,7 @@ import torch
 import torch._dynamo
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from flexip_pack.flexip_core.schedule import GateBatch, GateCurve
+from flexip_pack.flexip_core.run.schedule import GateBatch, GateCurve
 from flexip_pack.nodes import runtime
 from flexip_pack.nodes.apply import ApplyFlexIPGate
 from flexip_pack.nodes.depth import FlexIPBlocks

@@ -6,9 +6,9 @@ import pytest
 import test_ip_adapter_vs_diffusers as bases
 import tiny
 import torch
-from flexip_pack.flexip_core import unet
-from flexip_pack.flexip_core.adapters import FlexIPNetwork
 from flexip_pack.flexip_core.integrations import diffusers as integration
+from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
+from flexip_pack.flexip_core.network.blocks import block_widths
 from flexip_pack.nodes import runtime
 
 
@@ -34,7 +34,7 @@ def test_diffusers_and_comfyui_gate_alike(name, mode):
     ours = bases.sample_and_catch(runtime.attach(model, link), case)
 
     theirs = bases.diffusers_unet(case.config, weights)
-    assert integration.block_widths(theirs) == unet.block_widths(model.model.diffusion_model)[0]
+    assert integration.block_widths(theirs) == block_widths(model.model.diffusion_model)[0]
     rows = [(reference.features, reference.null)[chunk] for chunk in ours.chunks]
     features = {key: torch.cat([row[key] for row in rows]) for key in reference.features}
     added = {}

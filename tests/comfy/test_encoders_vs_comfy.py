@@ -10,9 +10,9 @@ import comfy.clip_vision
 import open_clip
 import pytest
 import torch
-from flexip_pack.flexip_core.config import ClipConfig, DinoConfig
-from flexip_pack.flexip_core.encoders import load_tower
-from flexip_pack.flexip_core.images import normalise, prepare
+from flexip_pack.flexip_core.encoders.towers import load_tower
+from flexip_pack.flexip_core.network.config import ClipConfig, DinoConfig
+from flexip_pack.flexip_core.pictures.crop import normalise, prepare
 from test_load_and_encode import core_vision
 
 VISION = {"width": 32, "layers": 3, "head_width": 16, "patch_size": 14, "image_size": 56}

@@ -4,7 +4,7 @@ import comfy.samplers
 import pytest
 import tiny
 import torch
-from flexip_pack.flexip_core.unet import cross_attentions, text_projections
+from flexip_pack.flexip_core.network.blocks import cross_attentions, text_projections
 from flexip_pack.nodes import runtime
 
 TOLERANCE = 1e-5

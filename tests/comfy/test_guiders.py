@@ -277,10 +277,10 @@ def test_a_prompt_of_another_checkpoints_clip_is_a_sentence(model, network):
 
 
 def test_many_prompts_over_time_keep_a_bounded_number_of_layouts_on_the_device(model, network, monkeypatch):
-    from flexip_pack.flexip_core import kept
-    from flexip_pack.flexip_core import run as core_run
+    from flexip_pack.flexip_core.run import lru
+    from flexip_pack.flexip_core.run import run as core_run
 
-    monkeypatch.setattr(kept, "ROOM", 0)
+    monkeypatch.setattr(lru, "ROOM", 0)
     most = []
     original = core_run.LinkRun.branches
     monkeypatch.setattr(

@@ -14,10 +14,12 @@ import pytest
 import test_load_and_encode as nodes_test
 import tiny
 import torch
-from flexip_pack.flexip_core import ip_adapter, mini, unet
-from flexip_pack.flexip_core.config import ClipConfig
-from flexip_pack.flexip_core.ip_adapter import IPAdapterFile, IPAdapterPair, SingleAdapter
-from flexip_pack.flexip_core.reference import Reference
+from flexip_pack.flexip_core.files import ip_adapter
+from flexip_pack.flexip_core.files.ip_adapter import IPAdapterFile, IPAdapterPair, SingleAdapter
+from flexip_pack.flexip_core.network.blocks import block_widths, cross_attentions
+from flexip_pack.flexip_core.network.config import ClipConfig
+from flexip_pack.flexip_core.run.reference import Reference
+from flexip_pack.flexip_core.untrained import mini
 from flexip_pack.nodes import files, runtime
 from flexip_pack.nodes.apply import ApplyFlexIPGate
 from flexip_pack.nodes.load import LoadFlexIPAdapters
@@ -57,7 +59,7 @@ def model():
 
 def file_blocks(model) -> dict[str, int]:
     """In IP-Adapter's order: input, output, middle."""
-    widths, _ = unet.block_widths(model.model.diffusion_model)
+    widths, _ = block_widths(model.model.diffusion_model)
     return dict(sorted(widths.items(), key=lambda item: ("input", "output", "middle").index(item[0].split(".")[0])))
 
 
@@ -177,7 +179,7 @@ def before_to_out(gated, model) -> dict[str, torch.Tensor]:
 
     hooks = [
         attention.to_out.register_forward_pre_hook(catcher(address))
-        for address, attention in unet.cross_attentions(model.model.diffusion_model).items()
+        for address, attention in cross_attentions(model.model.diffusion_model).items()
     ]
     tiny.ksample(gated, P, N, steps=1)
     for hook in hooks:
@@ -187,7 +189,7 @@ def before_to_out(gated, model) -> dict[str, torch.Tensor]:
 
 def test_between_the_ends_a_block_gives_the_stated_sum(pair_world, model):
     """base + strength * (gate * preservation + (1 - gate) * personalization); the first block has the same queries in every run."""
-    first = next(iter(unet.cross_attentions(model.model.diffusion_model)))
+    first = next(iter(cross_attentions(model.model.diffusion_model)))
     base = before_to_out(model, model)[first]
     kept, followed = (before_to_out(gated_by(model, name, gate=1.0), model)[first] - base for name in (PLUS, PLAIN))
     for gate, strength in ((0.0, 1.0), (0.25, 0.5), (0.8, 1.3), (1.0, 0.4)):
@@ -471,7 +473,7 @@ def test_any_pair_on_any_base_in_any_precision_equals_the_naive_reference(
     seen = set()
     hooks = [
         attention.to_out.register_forward_pre_hook(lambda module, inputs: seen.add(inputs[0].dtype))
-        for attention in unet.cross_attentions(low.model.diffusion_model).values()
+        for attention in cross_attentions(low.model.diffusion_model).values()
     ]
     noise = tiny.noise_for(batch)
     got = tiny.ksample(runtime.attach(low, link), positive, negative, steps=1, cfg=cfg, noise=noise)

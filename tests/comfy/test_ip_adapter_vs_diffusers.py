@@ -22,10 +22,11 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from flexip_pack.flexip_core import ip_adapter, unet
-from flexip_pack.flexip_core.config import ClipConfig, FeatureNeed
-from flexip_pack.flexip_core.ip_adapter import IPAdapterFile, IPAdapterPair, SingleAdapter
-from flexip_pack.flexip_core.reference import Reference
+from flexip_pack.flexip_core.files import ip_adapter
+from flexip_pack.flexip_core.files.ip_adapter import IPAdapterFile, IPAdapterPair, SingleAdapter
+from flexip_pack.flexip_core.network.blocks import block_widths, cross_attentions
+from flexip_pack.flexip_core.network.config import ClipConfig, FeatureNeed
+from flexip_pack.flexip_core.run.reference import Reference
 from flexip_pack.nodes import encoders, runtime
 from PIL import Image
 from safetensors.torch import save_file
@@ -141,7 +142,7 @@ def file_order(addresses) -> list[str]:
 
 
 def our_adapters(case: Case, tensors: dict[str, dict], model, tmp_path) -> dict[str, SingleAdapter]:
-    widths, text_width = unet.block_widths(model.model.diffusion_model)
+    widths, text_width = block_widths(model.model.diffusion_model)
     adapters = {}
     for family, values in tensors.items():
         if case.config in (public.SD15, public.SDXL):  # real sizes: through the file, as users do
@@ -208,7 +209,7 @@ def sample_and_catch(gated, case: Case) -> SimpleNamespace:
         attention.to_out.register_forward_hook(
             lambda module, inputs, output, address=address: caught.blocks.__setitem__(address, output.clone())
         )
-        for address, attention in unet.cross_attentions(gated.model.diffusion_model).items()
+        for address, attention in cross_attentions(gated.model.diffusion_model).items()
     ]
     positive, negative = conditionings(case)
     tiny.ksample(gated, positive, negative, steps=1, noise=tiny.noise_for(1, 16, 16))
@@ -291,7 +292,7 @@ def compare(case: Case, settings: list[Setting], tmp_path) -> None:
                 runtime.attach(model, tiny.link_for(pair, reference, setting.gate, strength=setting.strength)), case
             )
         )
-    order = file_order(unet.cross_attentions(model.model.diffusion_model))
+    order = file_order(cross_attentions(model.model.diffusion_model))
     del model, adapters, pair, reference
     mm.unload_all_models()
     gc.collect()  # a full UNet must go before the other one comes
@@ -355,8 +356,8 @@ def test_the_table_of_blocks_is_the_order_in_which_diffusers_counts(name):
     )
     comfys.set_inference_dtype(torch.float32, None)
     model = comfys.get_model({}, "", device=torch.device("meta"))
-    assert unet.block_widths(model.diffusion_model) == (blocks, text_width)
-    assert list(blocks) == file_order(unet.cross_attentions(model.diffusion_model))
+    assert block_widths(model.diffusion_model) == (blocks, text_width)
+    assert list(blocks) == file_order(cross_attentions(model.diffusion_model))
 
 
 @pytest.mark.long

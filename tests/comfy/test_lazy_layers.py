@@ -14,7 +14,8 @@ import pytest
 import test_ip_adapter_nodes as pairs
 import tiny
 import torch
-from flexip_pack.flexip_core import checkpoint, unet
+from flexip_pack.flexip_core.files import checkpoint
+from flexip_pack.flexip_core.network.blocks import block_widths
 from flexip_pack.nodes.demo import FlexIPDemoModels
 from test_ip_adapter_nodes import MAKE, PLAIN, PLUS, apply, encode, load, model, models, pair_world, picture, world  # noqa: F401
 
@@ -79,4 +80,4 @@ def test_the_demo_models_load(monkeypatch):
         loaded = FlexIPDemoModels.execute(0).args
     wanted = FlexIPDemoModels.execute(0).args
     assert_same(loaded[0].model.diffusion_model, wanted[0].model.diffusion_model)
-    assert unet.block_widths(loaded[0].model.diffusion_model) == unet.block_widths(wanted[0].model.diffusion_model)
+    assert block_widths(loaded[0].model.diffusion_model) == block_widths(wanted[0].model.diffusion_model)

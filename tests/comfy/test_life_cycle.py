@@ -13,10 +13,10 @@ import pytest
 import tiny
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
-from flexip_pack.flexip_core import unet
-from flexip_pack.flexip_core.adapters import FlexIPNetwork
-from flexip_pack.flexip_core.link import Link
-from flexip_pack.flexip_core.schedule import GateCurve
+from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
+from flexip_pack.flexip_core.network.blocks import block_widths
+from flexip_pack.flexip_core.run.chain import Link
+from flexip_pack.flexip_core.run.schedule import GateCurve
 from flexip_pack.nodes import runtime
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -37,7 +37,7 @@ def test_all_cross_attentions_of_the_real_unets_are_found(base, blocks, text_wid
     config = real_config(base)
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "", device=torch.device("meta"))
-    widths, text = unet.block_widths(model.diffusion_model)
+    widths, text = block_widths(model.diffusion_model)
     assert len(widths) == blocks and text == text_width and "middle.0.0" in widths
     assert widths["input.4.0"] == 640 and widths["middle.0.0"] == 1280
 
@@ -176,7 +176,7 @@ def test_keys_and_values_of_one_conditioning_are_small_at_half_precision(base, m
     """Both adapters, 20 + 77 tokens: counted from the real bases' widths."""
     config = real_config(base)
     config.set_inference_dtype(torch.float32, None)
-    widths, _ = unet.block_widths(config.get_model({}, "", device=torch.device("meta")).diffusion_model)
+    widths, _ = block_widths(config.get_model({}, "", device=torch.device("meta")).diffusion_model)
     total = sum(2 * 97 * width * 2 for width in widths.values())
     assert total <= most_mb * MB
 

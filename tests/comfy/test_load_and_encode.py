@@ -12,10 +12,10 @@ import comfy.model_management as mm
 import folder_paths
 import pytest
 import torch
-from flexip_pack.flexip_core import mini
-from flexip_pack.flexip_core.adapters import FlexIPNetwork
-from flexip_pack.flexip_core.checkpoint import save_checkpoint
-from flexip_pack.flexip_core.config import ClipConfig, DinoConfig
+from flexip_pack.flexip_core.files.checkpoint import save_checkpoint
+from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
+from flexip_pack.flexip_core.network.config import ClipConfig, DinoConfig
+from flexip_pack.flexip_core.untrained import mini
 from flexip_pack.nodes import encoders, files
 from flexip_pack.nodes.encode import EncodeReference
 from flexip_pack.nodes.load import LoadFlexIPAdapters

@@ -6,8 +6,8 @@ import naive
 import pytest
 import tiny
 import torch
-from flexip_pack.flexip_core.reference import COMBINE, Reference
-from flexip_pack.flexip_core.schedule import GateBatch
+from flexip_pack.flexip_core.run.reference import COMBINE, Reference
+from flexip_pack.flexip_core.run.schedule import GateBatch
 from flexip_pack.nodes import runtime
 from flexip_pack.nodes.combine import FlexIPCombineReferences, combine_references
 from hypothesis import given, settings

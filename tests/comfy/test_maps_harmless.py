@@ -14,8 +14,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from comfy_extras import nodes_pag
-from flexip_pack.flexip_core import unet
-from flexip_pack.flexip_core.ip_adapter import IPAdapterPair
+from flexip_pack.flexip_core.files.ip_adapter import IPAdapterPair
+from flexip_pack.flexip_core.network.blocks import block_levels
 from flexip_pack.nodes import look, runtime
 from flexip_pack.nodes import maps as node
 from looking import FINEST, FakeClip, FakeVae, M, N, P, clip, gated, latent, model, network, raw, run, watch_blocks  # noqa: F401 - fixtures among them
@@ -199,7 +199,7 @@ def test_a_gate_that_does_nothing_is_a_sentence(model, network):
         run(with_link(strength=0.0))
     with pytest.raises(ValueError, match="FlexIP adds nothing in the chosen blocks between"):
         run(with_link(end_percent=0.3), start_percent=0.5)
-    blocks = list(unet.block_levels(model.model.diffusion_model))
+    blocks = list(block_levels(model.model.diffusion_model))
     depth = {name: {a: float(a != FINEST) for a in blocks} for name in ("preservation", "personalization")}
     with pytest.raises(ValueError, match="FlexIP adds nothing in the chosen blocks"):
         run(with_link(depth=depth), blocks=FINEST)

@@ -8,12 +8,13 @@ import pytest
 import tiny
 import torch
 from comfy_extras import nodes_context_windows
-from flexip_pack.flexip_core import maps, unet
-from flexip_pack.flexip_core.attention import GatedAttention
-from flexip_pack.flexip_core.reference import ReferenceSet
+from flexip_pack.flexip_core.measuring import maps
+from flexip_pack.flexip_core.network.attention import GatedAttention
+from flexip_pack.flexip_core.network.blocks import block_levels
+from flexip_pack.flexip_core.run.reference import ReferenceSet
 from flexip_pack.nodes import maps as node
 from flexip_pack.nodes import runtime
-from flexip_pack.nodes.own import FlexIPConditioning
+from flexip_pack.nodes.conditioning import FlexIPConditioning
 from looking import (  # noqa: F401 - fixtures among them
     FINEST,
     FakeClip,
@@ -81,7 +82,7 @@ def test_the_groups_together_add_exactly_what_the_gated_model_adds(gated, monkey
     """The block's output, bare and gated, is known from the patch itself."""
     blocks = watch_blocks(monkeypatch)
     run(gated, steps=1)
-    assert {block.address for block in blocks} == set(unet.block_levels(gated.model.diffusion_model))
+    assert {block.address for block in blocks} == set(block_levels(gated.model.diffusion_model))
     for block in blocks:
         patch = GatedAttention(block.address, 0, runtime.base_attention)
         options = {"n_heads": block.heads, "activations_shape": (1, 4, *block.grid)}
@@ -310,7 +311,7 @@ def test_the_report_says_what_was_looked_at(gated):
     ):
         assert part in report
     blocks = report.split("the blocks ")[1].splitlines()[0]
-    addresses = unet.block_levels(gated.model.diffusion_model)
+    addresses = block_levels(gated.model.diffusion_model)
     assert blocks.rstrip(".") == ", ".join(
         dict.fromkeys(a.rpartition(".")[0] for a in addresses if not a.startswith("input"))
     )

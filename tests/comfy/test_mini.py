@@ -10,7 +10,8 @@ import comfy.sd
 import comfy.supported_models
 import pytest
 import torch
-from flexip_pack.flexip_core import mini_checkpoints, unet
+from flexip_pack.flexip_core.network.blocks import block_widths
+from flexip_pack.flexip_core.untrained import mini_checkpoints
 
 FAMILIES = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}
 
@@ -33,7 +34,7 @@ def test_block_addresses_are_those_of_the_loaded_unet(
         model, _, _ = load(tmp_path / "base.ckpt", layout)
     assert not [record.getMessage() for record in caplog.records if "missing" in record.getMessage()]
     assert isinstance(model.model.model_config, FAMILIES[layout.split("_")[0]])
-    widths, text_width = unet.block_widths(model.model.diffusion_model)
+    widths, text_width = block_widths(model.model.diffusion_model)
     assert widths == mini_checkpoints.block_widths(layout)
     assert text_width == mini_checkpoints.LAYOUTS[layout].family.text_width
 

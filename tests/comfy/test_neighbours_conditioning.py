@@ -21,7 +21,7 @@ import tiny
 import torch
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras import nodes_hooks, nodes_model_advanced
-from flexip_pack.flexip_core import unet
+from flexip_pack.flexip_core.network.blocks import block_widths
 from flexip_pack.nodes import runtime
 
 import nodes
@@ -86,7 +86,7 @@ def test_controlnet_on_one_of_two_prompts(model, link, control):
 
 def test_gligen_boxes(model, link):
     """Its layers sit between self- and cross-attention of every block, so our query has passed them."""
-    widths = {a.rsplit(".", 1)[0]: width for a, width in unet.block_widths(model.model.diffusion_model)[0].items()}
+    widths = {a.rsplit(".", 1)[0]: width for a, width in block_widths(model.model.diffusion_model)[0].items()}
     layers = [comfy.gligen.GatedSelfAttentionDense(width, 64, 2, width // 2) for width in widths.values()]
     boxes = randomise(comfy.gligen.Gligen(layers, comfy.gligen.PositionNet(64, 64), 64), 7)
     for layer in layers:

@@ -16,10 +16,10 @@ import pytest
 import tiny
 import torch
 from comfy.patcher_extension import WrappersMP
-from flexip_pack.flexip_core import kept
-from flexip_pack.flexip_core.link import Call, Entry, Setting
-from flexip_pack.flexip_core.link import Row as CallRow
-from flexip_pack.flexip_core.run import LAYOUTS, LinkRun, Run
+from flexip_pack.flexip_core.run import lru
+from flexip_pack.flexip_core.run.chain import Call, Entry, Setting
+from flexip_pack.flexip_core.run.chain import Row as CallRow
+from flexip_pack.flexip_core.run.run import LAYOUTS, LinkRun, Run
 from flexip_pack.nodes import runtime
 
 P, N = tiny.cond(1), tiny.cond(2)
@@ -42,7 +42,7 @@ def sample(model: Any) -> torch.Tensor:
 
 def test_threads_of_one_run_do_not_take_each_others_layouts_away(model, link, monkeypatch):
     """Two GPUs ask for more layouts than are kept; a thread's own must still be there when it comes to return it."""
-    monkeypatch.setattr(kept, "ROOM", 0)
+    monkeypatch.setattr(lru, "ROOM", 0)
     run = Run([LinkRun(link, 0, 100.0, 0.0)])
     run.prepare([Entry(P[0][0], False)], torch.float32, lambda link_run: tiny.CPU)
     calls = [Call((CallRow(0, item),), 8, 8, tiny.CPU, torch.float32) for item in range(3 * LAYOUTS)]
@@ -60,7 +60,7 @@ def test_threads_of_one_run_do_not_take_each_others_layouts_away(model, link, mo
 
 def test_threads_of_one_run_assemble_one_after_the_other(model, link, monkeypatch):
     """Each layout is asked for again after it was thrown out, by two threads in turns, while assembling takes its time."""
-    monkeypatch.setattr(kept, "ROOM", 0)
+    monkeypatch.setattr(lru, "ROOM", 0)
     assemble, inside, most = LinkRun._assemble, [], []
 
     def slow(self, call, gates):

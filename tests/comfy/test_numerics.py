@@ -20,9 +20,11 @@ import tiny
 import torch
 from comfy_extras import nodes_model_advanced
 from conftest import REPO
-from flexip_pack.flexip_core import images, mini_checkpoints, unet
-from flexip_pack.flexip_core.adapters import FlexIPNetwork
-from flexip_pack.flexip_core.attention import Branch, GatedAttention, decoupled_attention
+from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
+from flexip_pack.flexip_core.network.attention import Branch, GatedAttention, decoupled_attention
+from flexip_pack.flexip_core.network.blocks import cross_attentions
+from flexip_pack.flexip_core.pictures import crop
+from flexip_pack.flexip_core.untrained import mini_checkpoints
 from flexip_pack.nodes import runtime
 
 P, N = tiny.cond(1), tiny.cond(2)
@@ -201,9 +203,7 @@ def test_weights_in_fp8_through_comfyuis_own_loader(tmp_path):
     mini_checkpoints.make_base(tmp_path / "base.ckpt", "sd15_min")
     model = comfy.sd.load_diffusion_model(str(tmp_path / "base.ckpt"), model_options={"dtype": EIGHT})
     diffusion_model = model.model.diffusion_model
-    assert {t.dtype for t in (cross.to_k.weight for cross in unet.cross_attentions(diffusion_model).values())} == {
-        EIGHT
-    }
+    assert {t.dtype for t in (cross.to_k.weight for cross in cross_attentions(diffusion_model).values())} == {EIGHT}
     weights = {key: value.float() for key, value in diffusion_model.state_dict().items()}
     exact = comfy.sd.load_diffusion_model_state_dict(weights)
     link = tiny.link_for(tiny.tiny_network(exact), tiny.tiny_reference())
@@ -252,11 +252,11 @@ def test_the_dtype_is_never_a_global_default():
 
 
 def test_only_pictures_on_the_cpu_are_resized_with_antialiased_bicubic():
-    """users.md row 8: `aten::_upsample_bicubic2d_aa.out` is missing on XPU and MPS. images.py takes every picture to the CPU first."""
+    """users.md row 8: `aten::_upsample_bicubic2d_aa.out` is missing on XPU and MPS. crop.py takes every picture to the CPU first."""
     bicubic = found(lambda part: isinstance(part, ast.Constant) and part.value == "bicubic")
-    assert {place.split(":")[0] for place in bicubic} == {"images.py"}
+    assert {place.split(":")[0] for place in bicubic} == {"crop.py"}
     taken = [
-        part for part in ast.walk(ast.parse(inspect.getsource(images._check_image))) if isinstance(part, ast.Constant)
+        part for part in ast.walk(ast.parse(inspect.getsource(crop._check_image))) if isinstance(part, ast.Constant)
     ]
     assert "cpu" in {part.value for part in taken}
 

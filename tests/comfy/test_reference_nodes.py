@@ -9,9 +9,9 @@ import folder_paths
 import pytest
 import tiny
 import torch
-from flexip_pack.flexip_core.adapters import FlexIPNetwork
-from flexip_pack.flexip_core.reference import Reference, ReferenceSet
-from flexip_pack.flexip_core.reference_file import SUFFIX, save_reference
+from flexip_pack.flexip_core.files.reference_file import SUFFIX, save_reference
+from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
+from flexip_pack.flexip_core.run.reference import Reference, ReferenceSet
 from flexip_pack.nodes import notices
 from flexip_pack.nodes.apply import ApplyFlexIPGate
 from flexip_pack.nodes.load import LoadedAdapters

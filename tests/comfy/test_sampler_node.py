@@ -5,9 +5,9 @@ import tiny
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_execution.graph_utils import ExecutionBlocker
-from flexip_pack.flexip_core.attention import Branch
+from flexip_pack.flexip_core.network.attention import Branch
 from flexip_pack.nodes import runtime
-from flexip_pack.nodes.own import FlexIPConditioning
+from flexip_pack.nodes.conditioning import FlexIPConditioning
 from flexip_pack.nodes.sampler import FlexIPSampler, noise_sampler
 
 import nodes
@@ -144,7 +144,7 @@ def test_contact_sheet_has_a_column_per_gate_and_needs_the_vae(gated):
 
 
 def test_a_wide_contact_sheet_goes_on_in_a_next_band():
-    from flexip_pack.flexip_core.contact_sheet import WIDEST, contact_sheet
+    from flexip_pack.flexip_core.pictures.contact_sheet import WIDEST, contact_sheet
 
     narrow, wide = (
         contact_sheet(torch.rand(3, 16, 1024, 3), list("abc")),

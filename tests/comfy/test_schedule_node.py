@@ -14,7 +14,7 @@ import tiny
 import torch
 from comfy import model_sampling
 from comfy_extras.nodes_custom_sampler import BasicScheduler
-from flexip_pack.flexip_core.schedule import GRID, PRESETS, GateBatch, GateCurve, PercentOfSigma, preset_curve
+from flexip_pack.flexip_core.run.schedule import GRID, PRESETS, GateBatch, GateCurve, PercentOfSigma, preset_curve
 from flexip_pack.nodes import notices, schedule
 from flexip_pack.nodes.compat import CurveInput
 from flexip_pack.nodes.schedule import FlexIPGateBatch, FlexIPGateSchedule, preview, step_gates

@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 from comfy_execution.graph_utils import ExecutionBlocker
-from flexip_pack.flexip_core import mini, scorer_files
-from flexip_pack.flexip_core.config import FeatureNeed
-from flexip_pack.flexip_core.text_tower import tokenize
+from flexip_pack.flexip_core.encoders import scorer_files
+from flexip_pack.flexip_core.encoders.text_tower import tokenize
+from flexip_pack.flexip_core.network.config import FeatureNeed
+from flexip_pack.flexip_core.untrained import mini
 from flexip_pack.nodes import files, score, scorers
 from flexip_pack.nodes.auto_gate import FlexIPAutoGate
 from flexip_pack.nodes.score import FlexIPScore

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from comfy_extras import nodes_custom_sampler as custom
-from flexip_pack.flexip_core.schedule import GateBatch, GateCurve, PercentOfSigma, preset_curve
+from flexip_pack.flexip_core.run.schedule import GateBatch, GateCurve, PercentOfSigma, preset_curve
 from flexip_pack.nodes import runtime
 from flexip_pack.nodes import sampler as sampler_node
 from flexip_pack.nodes.sampler import FlexIPSampler

@@ -14,8 +14,8 @@ import pytest
 import torch
 import training_folders
 from comfy_api.v0_0_2 import io
-from flexip_pack.flexip_core import mini, mini_checkpoints
 from flexip_pack.flexip_core.training import background
+from flexip_pack.flexip_core.untrained import mini, mini_checkpoints
 from flexip_pack.nodes import files, notices, train
 from flexip_pack.nodes.train import RUNS, FlexIPTrain, FlexIPTrainingStatus
 from PIL import Image

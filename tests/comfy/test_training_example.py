@@ -18,8 +18,8 @@ import folder_paths
 import pytest
 import tiny
 import torch
-from flexip_pack.flexip_core import mini, mini_checkpoints
 from flexip_pack.flexip_core.training import background
+from flexip_pack.flexip_core.untrained import mini, mini_checkpoints
 from flexip_pack.nodes import files
 from flexip_pack.nodes.apply import ApplyFlexIPGate
 from flexip_pack.nodes.encode import EncodeReference

@@ -13,13 +13,13 @@ import test_ip_adapter_vs_diffusers as bases
 import tiny
 import torch
 from comfy.patcher_extension import WrappersMP
-from flexip_pack.flexip_core import mini, mini_checkpoints
-from flexip_pack.flexip_core.adapters import FlexIPNetwork
-from flexip_pack.flexip_core.checkpoint import save_checkpoint
+from flexip_pack.flexip_core.files.checkpoint import save_checkpoint
 from flexip_pack.flexip_core.integrations import diffusers as integration
+from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
 from flexip_pack.flexip_core.training import sd
 from flexip_pack.flexip_core.training.config import NetworkConfig, TrainConfig
 from flexip_pack.flexip_core.training.loop import make_network
+from flexip_pack.flexip_core.untrained import mini, mini_checkpoints
 from flexip_pack.nodes import files
 from flexip_pack.nodes.apply import ApplyFlexIPGate
 from flexip_pack.nodes.encode import EncodeReference

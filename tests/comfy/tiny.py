@@ -14,11 +14,11 @@ import comfy.sample
 import comfy.samplers
 import comfy.supported_models
 import torch
-from flexip_pack.flexip_core import unet
-from flexip_pack.flexip_core.adapters import FlexIPNetwork
-from flexip_pack.flexip_core.config import ClipConfig, DinoConfig, FlexIPConfig, ResamplerConfig
-from flexip_pack.flexip_core.link import Link
-from flexip_pack.flexip_core.reference import Reference
+from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
+from flexip_pack.flexip_core.network.blocks import block_widths, cross_attentions
+from flexip_pack.flexip_core.network.config import ClipConfig, DinoConfig, FlexIPConfig, ResamplerConfig
+from flexip_pack.flexip_core.run.chain import Link
+from flexip_pack.flexip_core.run.reference import Reference
 from flexip_pack.nodes import runtime
 
 TEXT_WIDTH = 64
@@ -68,7 +68,7 @@ def tiny_model(
 
 
 def config_for(model: comfy.model_patcher.ModelPatcher, mode: str = "outputs") -> FlexIPConfig:
-    widths, text_width = unet.block_widths(model.model.diffusion_model)
+    widths, text_width = block_widths(model.model.diffusion_model)
     return FlexIPConfig(
         base="tiny",
         text_width=text_width,
@@ -236,7 +236,7 @@ def naive_attach(model, links: list[Link], texts: list[tuple[torch.Tensor, bool]
         for link in links
     ]
     slots = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
-    for address, attn2 in unet.cross_attentions(model.model.diffusion_model).items():
+    for address, attn2 in cross_attentions(model.model.diffusion_model).items():
         kind, number, index = runtime._block(address)
         previous = slots.get((kind, number, index), slots.get((kind, number)))
         model.set_model_attn2_replace(

@@ -14,7 +14,7 @@ TESTS = Path(__file__).resolve().parents[1]
 ROWS = {
     "1 a model or encoder file is not found, or only under one name": {
         "comfy/test_load_and_encode.py": ["names_and_folders_of_encoder_files_mean_nothing", "extra_model_paths_yaml_adds_folders_for_adapters_and_encoders"],
-        "core/test_weights.py": ["missing_files_and_folders_get_their_sentence", "safetensors_are_recognised_by_content"],
+        "core/files/test_weights.py": ["missing_files_and_folders_get_their_sentence", "safetensors_are_recognised_by_content"],
         "comfy/test_bad_names.py": ["model_folders_and_files_that_are_linked_in_keep_working"],
     },
     "2 insightface, onnxruntime, compilers": {"packaging/test_install.py": ["wheels_are_there_for_every_system"]},
@@ -75,13 +75,13 @@ ROWS = {
         "packaging/test_install.py": ["requirements_add_themselves_and_what_they_lack", "pip_freeze_differs_by_the_packs_own_packages_and_what_they_lack"],
     },
     "18 reference pictures: alpha, crop, sizes": {
-        "core/test_images.py": ["transparent_pixels_show_the_neutral_ground_whatever_their_colour", "strips_and_single_pixels_work"],
+        "core/pictures/test_crop.py": ["transparent_pixels_show_the_neutral_ground_whatever_their_colour", "strips_and_single_pixels_work"],
         "comfy/test_load_and_encode.py": ["pictures_of_different_sizes_are_one_reference", "the_preview_is_what_the_encoder_saw"],
     },
     "19 broken or pickled weight files": {
-        "core/test_weights.py": ["a_pickle_with_code_never_runs_it", "every_damaged_safetensors_file_gets_its_sentence"],
-        "core/test_fuzz_files.py": [],
-        "core/test_fuzz_pickles.py": [],
+        "core/files/test_weights.py": ["a_pickle_with_code_never_runs_it", "every_damaged_safetensors_file_gets_its_sentence"],
+        "core/files/test_fuzz_files.py": [],
+        "core/files/test_fuzz_pickles.py": [],
     },
     "20 slow": {
         "comfy/test_cost.py": ["a_constant_gate_adds_a_handful_of_operations_and_nothing_else", "a_window_reads_one_value_per_call"],

@@ -15,7 +15,7 @@ sys.path.insert(0, str(REPO / "scripts"))
 import environment  # noqa: E402
 from server import ComfyServer  # noqa: E402
 
-from flexip_core import mini  # noqa: E402
+from flexip_core.untrained import mini  # noqa: E402
 
 PACK = "flexip"  # its folder's name in custom_nodes
 REFERENCE = "astronaut.png"  # in ComfyUI's input folder

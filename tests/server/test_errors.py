@@ -11,11 +11,11 @@ from conftest import REFERENCE, REPO
 from safetensors.torch import save_file
 from server import ComfyServer, PromptError
 
-from flexip_core import mini
-from flexip_core.adapters import FlexIPNetwork
-from flexip_core.checkpoint import save_checkpoint
 from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt
-from flexip_core.mini_checkpoints import block_widths
+from flexip_core.files.checkpoint import save_checkpoint
+from flexip_core.network.adapters import FlexIPNetwork
+from flexip_core.untrained import mini
+from flexip_core.untrained.mini_checkpoints import block_widths
 
 
 @pytest.fixture

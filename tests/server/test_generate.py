@@ -12,11 +12,11 @@ from conftest import REPO
 from PIL import Image
 from server import ComfyServer
 
-from flexip_core import mini
 from flexip_core.evaluation.benchmark import Benchmark, Case, Subject, find_pictures
 from flexip_core.evaluation.client import ServerError
 from flexip_core.evaluation.generate import Outcome, Progress, generate
 from flexip_core.evaluation.recipe import DEMO, read_recipe
+from flexip_core.untrained import mini
 
 GATES = (0.0, 0.5, 1.0)
 SETTINGS = {

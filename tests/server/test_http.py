@@ -15,7 +15,7 @@ from conftest import PACK, REPO
 from PIL import Image
 from server import ComfyServer, PromptError
 
-from flexip_core import mini
+from flexip_core.untrained import mini
 
 WORKFLOWS = sorted((REPO / "workflows").glob("*.json"))
 

@@ -11,7 +11,7 @@ from conftest import PACK, REFERENCE, REPO
 from server import CPU_ARGUMENTS, ComfyServer
 
 from flexip_core.evaluation.workflow import set_inputs, to_prompt
-from flexip_core.mini_checkpoints import make_base
+from flexip_core.untrained.mini_checkpoints import make_base
 
 sys.path.append(str(REPO / "tests" / "fixtures"))
 from ip_adapter_files import write_clip_vit_l, write_ip_adapter

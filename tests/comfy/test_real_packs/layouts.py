@@ -6,7 +6,7 @@ from typing import Any
 
 import tiny
 import torch
-from flexip_pack.flexip_core import unet
+from flexip_pack.flexip_core.network.blocks import block_widths, cross_attentions
 from flexip_pack.nodes import runtime
 
 SD15 = {
@@ -27,7 +27,7 @@ SDXL = {
 
 
 def prompts(model: Any) -> tuple[list, list]:
-    width = unet.block_widths(model.model.diffusion_model)[1]
+    width = block_widths(model.model.diffusion_model)[1]
     return tuple([[torch.randn(1, 77, width, generator=tiny.generator(seed)), {}]] for seed in (1, 2))
 
 
@@ -42,7 +42,7 @@ def sample(model: Any, steps: int = 2, **kwargs: Any) -> torch.Tensor:
 
 def random_pairs(model: Any, seed: int = 6) -> dict[str, torch.Tensor]:
     """to_k_ip and to_v_ip in the order of the published files: inputs, outputs, middle."""
-    g, (widths, text_width) = tiny.generator(seed), unet.block_widths(model.model.diffusion_model)
+    g, (widths, text_width) = tiny.generator(seed), block_widths(model.model.diffusion_model)
     order = sorted(widths, key=lambda address: ("input", "output", "middle").index(address.split(".")[0]))
     return {
         f"{2 * number + 1}.to_{x}_ip.weight": torch.randn(widths[address], text_width, generator=g) / text_width**0.5
@@ -68,7 +68,7 @@ def theirs_after_ours(model: Any, link: Any, theirs: Any) -> Any:
     """`theirs`: the bare model with their node on it, from which the callbacks come."""
     slots = theirs.model_options["transformer_options"]["patches_replace"]["attn2"]
     expected = tiny.naive_attach(model, [link], roles(model))
-    for address in unet.cross_attentions(model.model.diffusion_model):
+    for address in cross_attentions(model.model.diffusion_model):
         kind, number, index = runtime._block(address)
         naive = expected.model_options["transformer_options"]["patches_replace"]["attn2"][kind, number, index]
         patch = slots.get((kind, number, index), slots.get((kind, number)))

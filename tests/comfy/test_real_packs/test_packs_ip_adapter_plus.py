@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from flexip_pack.flexip_core import unet
+from flexip_pack.flexip_core.network.blocks import block_widths
 from flexip_pack.nodes import runtime
 
 from . import layouts
@@ -26,7 +26,7 @@ def link(model):
 @pytest.fixture(scope="module")
 def put(pack, model):
     """Model -> model with their node on it."""
-    g, width = tiny.generator(5), unet.block_widths(model.model.diffusion_model)[1]
+    g, width = tiny.generator(5), block_widths(model.model.diffusion_model)[1]
     weights = {
         "image_proj": {
             "proj.weight": torch.randn(4 * width, CLIP_WIDTH, generator=g) / CLIP_WIDTH**0.5,
