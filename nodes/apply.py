@@ -14,8 +14,9 @@ from ..flexip_core.run.depth import BlockStrengths
 from ..flexip_core.run.masks import as_masks
 from ..flexip_core.run.reference import Reference, ReferenceSet
 from ..flexip_core.run.schedule import GateBatch, GateCurve
-from . import encoders, runtime
+from . import runtime
 from .checks import check_numbers
+from .errors import named
 from .load import LoadedAdapters
 from .types import CATEGORY, FlexIPAdapters, FlexIPBlockStrengths, FlexIPGate, FlexIPReference
 
@@ -119,7 +120,7 @@ class ApplyFlexIPGate(io.ComfyNode):
             raise ValueError(
                 f"{NODE}: start_percent {start_percent:g} is not before end_percent {end_percent:g}, so the reference would never act. Set start_percent below end_percent."
             )
-        with encoders.named(NODE):
+        with named(NODE):
             link = Link(
                 network=adapters.network,
                 patcher=adapters.patcher,

@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import io
 from ..flexip_core.run.masks import as_masks
 from ..flexip_core.run.reference import COMBINE, Reference, ReferenceSet
 from ..flexip_core.run.schedule import parse_numbers
-from . import encoders
+from .errors import named
 from .types import CATEGORY, FlexIPReference
 
 NODE = "FlexIPCombineReferences"
@@ -80,7 +80,7 @@ class FlexIPCombineReferences(io.ComfyNode):
         masks: torch.Tensor | None = None,
         negative: Reference | ReferenceSet | None = None,
     ) -> io.NodeOutput:
-        with encoders.named(NODE):
+        with named(NODE):
             parts = [reference for reference in references.values() if reference is not None]
             values = parse_numbers(weights, 0.0, 10.0, "weights")
             return io.NodeOutput(combine_references(parts, values, combine, masks, negative))

@@ -13,6 +13,7 @@ from ..flexip_core.run.masks import as_masks
 from ..flexip_core.run.reference import Reference
 from . import encoders, files
 from .compat import KEEP_PREVIEW
+from .errors import named
 from .load import LoadedAdapters
 from .types import CATEGORY, FlexIPAdapters, FlexIPReference
 
@@ -109,7 +110,7 @@ def _first(values: list | None) -> Any:
 def _pictures(batches: list[torch.Tensor], masks: list | None):
     """Every picture with its mask: masks are repeated where there are fewer, as ComfyUI does with batches."""
     pictures = [picture for batch in batches if batch is not None for picture in batch]
-    with encoders.named(NODE):
+    with named(NODE):
         flat = [m for batch in masks or [] if batch is not None for m in as_masks(batch, "The mask")]
     if not pictures:
         raise ValueError(f"{NODE}: expected at least one picture, got an empty batch. Connect an image.")
@@ -118,5 +119,5 @@ def _pictures(batches: list[torch.Tensor], masks: list | None):
 
 
 def _prepared(picture: torch.Tensor, mask: torch.Tensor | None, crop: str, size: int) -> torch.Tensor:
-    with encoders.named(NODE):
+    with named(NODE):
         return prepare(picture, mask, crop, size)

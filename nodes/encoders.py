@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,6 +16,7 @@ from ..flexip_core.files.weights import read_header
 from ..flexip_core.network.config import ClipConfig, DinoConfig, FeatureNeed
 from ..flexip_core.pictures import crop
 from . import files
+from .errors import named
 
 NODE = "EncodeReference"
 Runner = Callable[[torch.Tensor], torch.Tensor]  # normalised pixels (b, 3, s, s) -> feature
@@ -58,15 +58,6 @@ def _find(cfg: ClipConfig | DinoConfig, node: str) -> str | None:
             continue  # choosing the file by its name says what is wrong with it
         return path
     return None
-
-
-@contextmanager
-def named(node: str) -> Iterator[None]:
-    """Puts the node's name in front of a core error about the user's input."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{node}: {error}") from None
 
 
 def features(

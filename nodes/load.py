@@ -16,6 +16,7 @@ from ..flexip_core.files.ip_adapter import load_pair
 from ..flexip_core.files.weights import read_header
 from ..flexip_core.run.reference import Shared
 from . import encoders, files
+from .errors import named
 from .types import CATEGORY, FlexIPAdapters
 
 NODE = "LoadFlexIPAdapters"
@@ -111,7 +112,7 @@ def load_network(preservation: str, personalization: str | None) -> Any:
     """The network of one FlexIP file, or of one or two IP-Adapter files."""
     path = files.adapter_path(preservation, NODE)
     second = personalization and files.adapter_path(personalization, NODE)
-    with encoders.named(NODE):
+    with named(NODE):
         if is_flexip(read_header(path)):
             if personalization not in (None, preservation):
                 raise ValueError(

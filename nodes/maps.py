@@ -13,9 +13,10 @@ from comfy_api.v0_0_2 import io, ui
 from ..flexip_core.measuring import maps
 from ..flexip_core.network.blocks import block_levels
 from ..flexip_core.pictures.contact_sheet import contact_sheet
-from . import encoders, notices, runtime
+from . import notices, runtime
 from .checks import check_latent, check_numbers
 from .compat import KEEP_PREVIEW
+from .errors import named
 from .observe import Recorder, look
 from .sampler import decode
 from .scorers import check_pictures
@@ -161,7 +162,7 @@ class FlexIPAttentionMaps(io.ComfyNode):
         if image is not None:
             check_pictures(image, "image", NODE)
         check(links, latent, show, vae, image, start_percent, end_percent)
-        with encoders.named(NODE):
+        with named(NODE):
             chosen = maps.choose_blocks(blocks, list(block_levels(model.model.diffusion_model)))
             if show == ADAPTERS:
                 groups, notes = maps.adapter_groups(links), []

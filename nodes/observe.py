@@ -19,7 +19,9 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..flexip_core.measuring import maps
 from ..flexip_core.network.attention import GatedAttention, block_grid
+from ..flexip_core.network.blocks import block_of
 from . import runtime, tags
+from .slots import slots_of
 
 KEY = "flexip_maps"  # of our wrapper, and in transformer_options: what a UNet call shows
 TAG, VIEW = "flexip_maps_tag", "flexip_maps_view"  # in model_conds: FlexIP takes its own off before us
@@ -156,10 +158,9 @@ def watched(model: Any, blocks: Sequence[str], recorder: Recorder) -> Any:
     # a compiled model would not run the patches anew
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, tell_rows)
-    slots = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
+    slots = slots_of(model.model_options["transformer_options"])
     for address in blocks:
-        kind, number, index = address.split(".")
-        patch = slots.get((kind, int(number), int(index)))
+        patch = slots.get(block_of(address))
         if isinstance(patch, GatedAttention):
             patch.add(recorder.see, address=address)  # of this clone only: see GatedAttention.fork
     return model

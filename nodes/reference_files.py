@@ -13,7 +13,7 @@ from ..flexip_core.files.reference_file import SUFFIX, load_reference, save_refe
 from ..flexip_core.run.reference import Reference
 from . import files, notices
 from .compat import is_within_directory
-from .encoders import named
+from .errors import named
 from .types import CATEGORY, FlexIPReference
 
 SAVE = "FlexIPSaveReference"

@@ -11,8 +11,8 @@ import torch
 from ..flexip_core.run.chain import Link, Own
 from ..flexip_core.run.reference import as_set
 from ..flexip_core.run.run import LinkRun, Run
-from . import runtime
 from .notices import WARNING
+from .slots import hidden_neighbours, lost_blocks
 
 MOST_NUMBERS = 12  # of a schedule or a batch, written out
 
@@ -34,9 +34,7 @@ def _link(run: LinkRun, guider: Any, steps: list[float], seconds: float) -> str:
     link, counters = run.link, run.counters
     blocks = [address for address in link.network.block_widths if _acts(link, address)]
     lost = [
-        name
-        for address, name in runtime.lost_blocks(run, guider.model_options["transformer_options"])
-        if address in blocks
+        name for address, name in lost_blocks(run, guider.model_options["transformer_options"]) if address in blocks
     ]
     active = [sigma for sigma in steps if run.active_at(sigma)]
     gates = [value for sigma in active for value in run.gates_at(sigma)] or list(
@@ -72,7 +70,7 @@ def _warnings(run: LinkRun, blocks: list[str], lost: list[str], guider: Any) -> 
     if lost:
         by = ", ".join(f"{name} x{count}" for name, count in Counter(lost).most_common())
         yield f"another node took over {len(lost)} of {len(blocks)} blocks after FlexIP ({by}); unless it calls FlexIP, the reference does not act there. Apply FlexIP after that node"
-    if hidden := runtime.hidden_neighbours(guider.model_options["transformer_options"]):
+    if hidden := hidden_neighbours(guider.model_options["transformer_options"]):
         yield f"{hidden[0]} was put on {len(hidden)} blocks after FlexIP in a way that ComfyUI never calls; apply FlexIP after that node"
     if run.counters.tiles:
         yield f"{run.counters.tiles} model calls showed a tile without saying which, so the mask was laid over each tile; use a mask only without that tiling"

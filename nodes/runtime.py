@@ -13,19 +13,19 @@ import math
 import time
 from typing import Any
 
-import comfy.ldm.modules.attention
 import comfy.model_management as mm
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..flexip_core.network.attention import GatedAttention
-from ..flexip_core.network.blocks import block_levels
+from ..flexip_core.network.blocks import block_levels, block_of
 from ..flexip_core.run.chain import Call, Entry, Link, Own, Setting
 from ..flexip_core.run.reference import as_set
 from ..flexip_core.run.run import LinkRun, Run
 from ..flexip_core.run.schedule import GateCurve, PercentOfSigma
 from . import notices, report, tags
 from .conditioning import OWN, OwnReference, without_reminders
+from .slots import base_attention, fork_patches, has_neighbour, slots_of
 
 KEY = "flexip"
 LINKS = "flexip_links"
@@ -51,8 +51,8 @@ def attach(model: Any, link: Link) -> Any:
     """A clone of `model` with one more link; the patch of each block calls what sat in its slot before."""
     links = links_of(model)
     model = with_links(model, (*links, link))
-    slots = _slots(model.model_options["transformer_options"])
-    addresses = [_block(address) for address in link.network.block_widths]
+    slots = slots_of(model.model_options["transformer_options"])
+    addresses = [block_of(address) for address in link.network.block_widths]
     for kind, number, index in addresses:
         previous = slots.get((kind, number, index), slots.get((kind, number)))
         patch = GatedAttention(f"{kind}.{number}.{index}", len(links), base_attention, previous)
@@ -66,20 +66,6 @@ def attach(model: Any, link: Link) -> Any:
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
         model.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, fork_patches)
     return model
-
-
-def base_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, **kwargs: Any) -> torch.Tensor:
-    return comfy.ldm.modules.attention.optimized_attention(q, k, v, heads, **kwargs)  # looked up late: packs rebind it
-
-
-def fork_patches(source: Any, clone: Any) -> None:
-    """ON_CLONE: clones share the objects in patches_replace, and neighbours append to them."""
-    slots = _slots(clone.model_options["transformer_options"])
-    forks: dict[tuple[int, str], GatedAttention] = {}
-    for key, patch in slots.items():
-        if isinstance(patch, GatedAttention):
-            # one object again under both keys of a block: moving what sat there before us can have made it two
-            slots[key] = forks.setdefault((patch.position, patch.address), patch.fork())
 
 
 def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -146,8 +132,8 @@ def _start(guider: Any, links: tuple[Link, ...], latent: torch.Tensor, copies: i
         for position, link in enumerate(links)
         if not link.silent
     ]
-    slots = _slots(guider.model_options["transformer_options"])
-    run = Run(runs, neighbours=sum(_has_neighbour(patch) for patch in slots.values()))
+    slots = slots_of(guider.model_options["transformer_options"])
+    run = Run(runs, neighbours=sum(has_neighbour(patch) for patch in slots.values()))
     entries = [
         Entry(_text(entry, links), entry.get("prompt_type", name) in NULL_ROLES, owns)
         for (name, entry), owns in zip(conds, own)
@@ -243,45 +229,3 @@ def apply_model(
         if structure:
             kwargs[structure] = None
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-
-
-def lost_blocks(run: LinkRun, options: dict[str, Any]) -> list[tuple[str, str]]:
-    """Blocks that another node took over after us, with the class of what sits there: it may or may not call us."""
-    slots = _slots(options)
-    taken = []
-    for address in run.link.network.block_widths:
-        kind, number, index = _block(address)
-        patch = slots.get((kind, number, index), slots.get((kind, number)))
-        while isinstance(patch, GatedAttention) and patch.position > run.position:
-            patch = patch.previous
-        if not (isinstance(patch, GatedAttention) and patch.position == run.position):
-            taken.append((address, type(patch).__name__))
-    return taken
-
-
-def hidden_neighbours(options: dict[str, Any]) -> list[str]:
-    """Patches that a later node put under the two-part key of a block, where core never looks because of our three-part key."""
-    slots = _slots(options)
-    return [
-        type(patch).__name__
-        for key, patch in slots.items()
-        if len(key) == 2
-        and not isinstance(patch, GatedAttention)
-        and isinstance(slots.get((*key, 0)), GatedAttention)
-        and slots[(*key, 0)].previous is not patch
-    ]
-
-
-def _slots(options: dict[str, Any]) -> dict:
-    return options.get("patches_replace", {}).get("attn2", {})
-
-
-def _block(address: str) -> tuple[str, int, int]:
-    kind, number, index = address.split(".")
-    return kind, int(number), int(index)
-
-
-def _has_neighbour(patch: Any) -> bool:
-    return isinstance(patch, GatedAttention) and (
-        bool(patch.added) or (patch.previous is not None and not isinstance(patch.previous, GatedAttention))
-    )

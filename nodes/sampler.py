@@ -17,9 +17,10 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..flexip_core.pictures.contact_sheet import contact_sheet
 from ..flexip_core.run.schedule import GateBatch, GateCurve, parse_numbers
-from . import encoders, runtime
+from . import runtime
 from .checks import check_latent, check_numbers
 from .compat import KEEP_PREVIEW, with_channels_of
+from .errors import named
 from .types import CATEGORY
 
 NODE = "FlexIPSampler"
@@ -133,7 +134,7 @@ class FlexIPSampler(io.ComfyNode):
         check_latent(NODE, "latent_image", latent_image, model)
         check_numbers(NODE, 0, 100, cfg=cfg)
         check_numbers(NODE, 0, 1, denoise=denoise)
-        with encoders.named(NODE):
+        with named(NODE):
             values = parse_numbers(gates, 0.0, 1.0, "gates", MOST)
             amounts = parse_numbers(strengths, 0.0, 5.0, "strengths", MOST)
         if values and not amounts and links[-1].silent:

@@ -14,8 +14,9 @@ from ..flexip_core.encoders import text_tower
 from ..flexip_core.measuring import scores
 from ..flexip_core.measuring.scores import CLIP_I, CLIP_T, DINO_I, Score
 from ..flexip_core.run.schedule import parse_numbers
-from . import encoders, files, notices, sampler, scorers
+from . import files, notices, sampler, scorers
 from .compat import KEEP_PREVIEW
+from .errors import named
 from .load import LoadedAdapters
 from .types import CATEGORY, FlexIPAdapters
 
@@ -170,7 +171,7 @@ def plain(prompt: str) -> str:
 
 def read_gates(text: str, images: int) -> tuple[float, ...]:
     """The gates of the sweep, as FlexIPSampler reads them; the images must divide evenly among them."""
-    with encoders.named(NODE):
+    with named(NODE):
         gates = parse_numbers(text, 0.0, 1.0, "gates", sampler.MOST)
         if gates:
             scores.by_gate(range(images), gates)

@@ -22,7 +22,7 @@ from ..flexip_core.network.config import GATE_MODES
 from ..flexip_core.pictures.plots import Series, line_plot
 from . import files, notices
 from .compat import is_within_directory
-from .encoders import named
+from .errors import named
 from .types import CATEGORY
 
 TRAIN, STATUS = "FlexIPTrain", "FlexIPTrainingStatus"

@@ -23,6 +23,12 @@ def cross_attentions(diffusion_model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def block_of(address: str) -> tuple[str, int, int]:
+    """Kind, block number and transformer index of an address: "input.4.1" -> ("input", 4, 1)."""
+    kind, number, index = address.split(".")
+    return kind, int(number), int(index)
+
+
 def _blocks(diffusion_model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
     for number, block in enumerate(getattr(diffusion_model, "input_blocks", ())):
         yield "input", number, block

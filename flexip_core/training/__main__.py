@@ -140,8 +140,8 @@ def memory(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> int:
     from .check import check
-    from .folders import make_source
     from .sheet import contact_sheet_of_pairs
+    from .sources import make_source
 
     found = check(options.data, options.size)
     logging.info("%s", found.text())

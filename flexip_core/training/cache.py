@@ -21,13 +21,12 @@ from pathlib import Path
 import torch
 
 from .base import Base
+from .choice import DEFAULTS, MEMORY, Choice, Loader, check_size
 from .dataset import DataSet, View, phrases_of, scan
 from .entries import KEPT, Contents, Entries, Memo, Names, check_identity, kinds_of
-from .folders import DEFAULTS, MEMORY, Choice, Loader, check_size
-from .pictures import Cut, CutOptions, fixed_cuts, reference, target
+from .pictures import CUTS, Cut, CutOptions, fixed_cuts, reference, target
 from .ranks import TrainingError
 
-CUTS = 4  # references of one picture and kind
 SUBSETS = 16  # of a caption's phrases, at most; longer captions with dropped phrases are encoded while training
 _SPARE = 1.02  # of the disk space, for headers
 

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from .base import Base, Text
-from .cache import CUTS
+from .choice import DEFAULTS, MEMORY, Choice, Loader, check_size
 from .data import ALL, INVARIANT, VARIANT, Batch, Captions
 from .dataset import DataSet, phrases_of, scan
 from .entries import KEPT, Contents, Entries, Memo, Names, check_identity, kinds_of
-from .folders import DEFAULTS, MEMORY, Choice, Loader, check_size
-from .pictures import CutOptions, fixed_cuts, reference
+from .pictures import CUTS, CutOptions, fixed_cuts, reference
 
 
 class CachedSource:

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from ..files.weights import sha256
+from .choice import mask_misfit
 from .dataset import DataSet, Group, View, open_store, scan
-from .folders import mask_misfit
 from .pictures import decode_frame, decode_mask, decode_picture, reduced, subject_box, target
 
 TOKENS = 77  # of a CLIP text encoder, begin and end included

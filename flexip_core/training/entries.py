@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..files.weights import read_header, sha256, write_atomically
+from .choice import Choice, load
 from .data import INVARIANT, VARIANT
 from .dataset import DataSet, View
-from .folders import Choice, load
 from .pictures import Cut, has_alpha
 
 KEPT = torch.float16  # pictures are float32: that tells them from what was kept

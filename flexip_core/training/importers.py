@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files.weights import write_atomically
-from .dataset import CLASS, MASK, safe_name
 from .pictures import CLIPS, PICTURES
+from .stores import CLASS, MASK, safe_name
 
 MANIFEST = "import.json"
 WAYS = ("copy", "link")

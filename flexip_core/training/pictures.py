@@ -24,6 +24,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 CLIPS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 MORE_THAN_SIZE = 2
 CUT_DRAWS = 6  # numbers in 0..1 that `draw_cut` takes
+CUTS = 4  # references of one picture and kind in a cache, as `fixed_cuts` gives them
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # PIL counts MPO, a phone's JPEG with two pictures, as JPEG
 _VISIBLE = 128  # of 255: from here on a pixel of a mask is the subject
 _WHITE = (255, 255, 255)

@@ -31,10 +31,10 @@ from .config import TrainConfig
 from .data import Captions
 from .dataset import scan
 from .entries import file_identity
-from .folders import make_source
 from .image_encoders import encoder_in
 from .probe import PictureProbe, choose_cases
 from .sd_configs import SIDE, UNET, VAE, Checkpoint, TextEncoder, read_checkpoint
+from .sources import make_source
 
 _PARTS = ("text_encoders", "vae", "clip_tower", "dino_tower")
 JOIN = ", "  # between the phrases of a caption

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .choice import Choice
 from .data import INVARIANT, KINDS, VARIANT
-from .folders import Choice, FolderPairs
+from .folders import FolderPairs
 from .pictures import CUT_DRAWS, draw_cut
 
 TRIES = 8  # for a cut that shows something

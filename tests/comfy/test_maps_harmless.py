@@ -16,8 +16,8 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from comfy_extras import nodes_pag
 from flexip_pack.flexip_core.files.ip_adapter import IPAdapterPair
 from flexip_pack.flexip_core.network.blocks import block_levels
-from flexip_pack.nodes import look, runtime
 from flexip_pack.nodes import maps as node
+from flexip_pack.nodes import observe, runtime, slots
 from looking import FINEST, FakeClip, FakeVae, M, N, P, clip, gated, latent, model, network, raw, run, watch_blocks  # noqa: F401 - fixtures among them
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -49,13 +49,13 @@ def test_the_model_that_is_looked_at_stays_as_it_is(gated, clip):
 def test_looking_does_not_change_what_the_model_computes(gated, monkeypatch):
     """The call that is recorded is the call that a sampler makes."""
     outputs = []
-    original = look.Looker.predict_noise
+    original = observe.Looker.predict_noise
     monkeypatch.setattr(
-        look.Looker, "predict_noise", lambda self, *a: (outputs.append(original(self, *a)), outputs[-1])[1]
+        observe.Looker, "predict_noise", lambda self, *a: (outputs.append(original(self, *a)), outputs[-1])[1]
     )
     run(gated, steps=2)
     recorded = list(outputs)
-    monkeypatch.setattr(look.Recorder, "see", lambda self, out, q, k, v, options, address: 0)
+    monkeypatch.setattr(observe.Recorder, "see", lambda self, out, q, k, v, options, address: 0)
     with pytest.raises(ValueError):
         run(gated, steps=2)
     assert len(recorded) == 2 and all(torch.equal(a, b) for a, b in zip(recorded, outputs[2:]))
@@ -92,11 +92,11 @@ def recorders(monkeypatch):
     """Weak references to what gathered the maps, which knows the run with its K and V"""
     kept = []
 
-    def keep(self, *args, original=look.Recorder.__init__, **kwargs):
+    def keep(self, *args, original=observe.Recorder.__init__, **kwargs):
         kept.append(weakref.ref(self))
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(look.Recorder, "__init__", keep)
+    monkeypatch.setattr(observe.Recorder, "__init__", keep)
     return kept
 
 
@@ -133,7 +133,7 @@ def test_an_interrupted_look_leaves_nothing_behind(gated, recorders, monkeypatch
 def test_a_block_that_another_node_took_over_is_left_out_and_named(gated):
     taken = gated.clone()
     taken.set_model_attn2_replace(
-        lambda q, k, v, options: runtime.base_attention(q, k, v, options["n_heads"]), "input", 1, 0
+        lambda q, k, v, options: slots.base_attention(q, k, v, options["n_heads"]), "input", 1, 0
     )
     assert "WARNING: another node took over 1 of " in run(taken)[2]
     with pytest.raises(ValueError, match="no chosen block called FlexIP"):
@@ -215,7 +215,7 @@ def test_ip_adapter_files_have_no_words_of_their_own(gated, clip, monkeypatch):
 
 def test_an_unknown_tile_is_a_sentence(gated):
     def tiling(apply_model, arguments):
-        c = {key: value for key, value in arguments["c"].items() if key not in (look.VIEW, "flexip_view")}
+        c = {key: value for key, value in arguments["c"].items() if key not in (observe.VIEW, "flexip_view")}
         x = arguments["input"]
         return torch.cat([apply_model(half, arguments["timestep"], **c) for half in x.chunk(2, dim=3)], dim=3)
 

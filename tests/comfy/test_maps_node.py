@@ -13,7 +13,7 @@ from flexip_pack.flexip_core.network.attention import GatedAttention
 from flexip_pack.flexip_core.network.blocks import block_levels
 from flexip_pack.flexip_core.run.reference import ReferenceSet
 from flexip_pack.nodes import maps as node
-from flexip_pack.nodes import runtime
+from flexip_pack.nodes import runtime, slots
 from flexip_pack.nodes.conditioning import FlexIPConditioning
 from looking import (  # noqa: F401 - fixtures among them
     FINEST,
@@ -84,7 +84,7 @@ def test_the_groups_together_add_exactly_what_the_gated_model_adds(gated, monkey
     run(gated, steps=1)
     assert {block.address for block in blocks} == set(block_levels(gated.model.diffusion_model))
     for block in blocks:
-        patch = GatedAttention(block.address, 0, runtime.base_attention)
+        patch = GatedAttention(block.address, 0, slots.base_attention)
         options = {"n_heads": block.heads, "activations_shape": (1, 4, *block.grid)}
         bare = patch(block.q, block.k, block.v, options)
         full = patch(block.q, block.k, block.v, {**options, "flexip": block.branches})

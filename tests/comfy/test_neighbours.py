@@ -9,6 +9,7 @@ import comfy.model_patcher
 import pytest
 import tiny
 import torch
+from flexip_pack.flexip_core.network.blocks import block_of
 from flexip_pack.nodes import runtime
 
 P, N = tiny.cond(1), tiny.cond(2)
@@ -197,7 +198,7 @@ def test_between_two_links_of_a_chain_the_later_one_acts_on_what_took_the_slots(
 
 
 def keys(model):
-    return [runtime._block(address) for address in tiny.config_for(model).blocks]
+    return [block_of(address) for address in tiny.config_for(model).blocks]
 
 
 @pytest.mark.parametrize("three_part", [True, False], ids=["three-part key", "two-part key"])

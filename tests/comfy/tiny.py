@@ -15,11 +15,10 @@ import comfy.samplers
 import comfy.supported_models
 import torch
 from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
-from flexip_pack.flexip_core.network.blocks import block_widths, cross_attentions
+from flexip_pack.flexip_core.network.blocks import block_of, block_widths, cross_attentions
 from flexip_pack.flexip_core.network.config import ClipConfig, DinoConfig, FlexIPConfig, ResamplerConfig
 from flexip_pack.flexip_core.run.chain import Link
 from flexip_pack.flexip_core.run.reference import Reference
-from flexip_pack.nodes import runtime
 
 TEXT_WIDTH = 64
 CPU = torch.device("cpu")
@@ -237,7 +236,7 @@ def naive_attach(model, links: list[Link], texts: list[tuple[torch.Tensor, bool]
     ]
     slots = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
     for address, attn2 in cross_attentions(model.model.diffusion_model).items():
-        kind, number, index = runtime._block(address)
+        kind, number, index = block_of(address)
         previous = slots.get((kind, number, index), slots.get((kind, number)))
         model.set_model_attn2_replace(
             NaiveBlock(address, attn2, windowed, texts, previous), kind, number, transformer_index=index

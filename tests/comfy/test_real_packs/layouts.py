@@ -6,8 +6,7 @@ from typing import Any
 
 import tiny
 import torch
-from flexip_pack.flexip_core.network.blocks import block_widths, cross_attentions
-from flexip_pack.nodes import runtime
+from flexip_pack.flexip_core.network.blocks import block_of, block_widths, cross_attentions
 
 SD15 = {
     "num_res_blocks": [2] * 4,
@@ -69,7 +68,7 @@ def theirs_after_ours(model: Any, link: Any, theirs: Any) -> Any:
     slots = theirs.model_options["transformer_options"]["patches_replace"]["attn2"]
     expected = tiny.naive_attach(model, [link], roles(model))
     for address in cross_attentions(model.model.diffusion_model):
-        kind, number, index = runtime._block(address)
+        kind, number, index = block_of(address)
         naive = expected.model_options["transformer_options"]["patches_replace"]["attn2"][kind, number, index]
         patch = slots.get((kind, number, index), slots.get((kind, number)))
         expected.set_model_attn2_replace(Added(naive, patch), kind, number, transformer_index=index)

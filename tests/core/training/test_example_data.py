@@ -17,7 +17,7 @@ from flexip_core.training import checkpointing, sd
 from flexip_core.training.check import check
 from flexip_core.training.config import TrainConfig, parse_toml, read_config
 from flexip_core.training.dataset import phrases_of, scan
-from flexip_core.training.folders import make_source
+from flexip_core.training.sources import make_source
 
 REPO = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(REPO / "scripts"))

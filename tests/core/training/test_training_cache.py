@@ -20,9 +20,9 @@ from flexip_core.training.config import DropoutConfig
 from flexip_core.training.data import INVARIANT, VARIANT
 from flexip_core.training.dataset import scan
 from flexip_core.training.entries import ENTRIES, Entries, file_identity
-from flexip_core.training.folders import make_source
 from flexip_core.training.loop import Trainer
 from flexip_core.training.pictures import reference, target
+from flexip_core.training.sources import make_source
 
 SIZE = 16
 IDENTITY = {name: f"hash of {name}" for name in ENTRIES}

@@ -10,10 +10,10 @@ from PIL import Image, ImageEnhance
 
 from flexip_core.training.check import check, perceptual_hash
 from flexip_core.training.data import INVARIANT
-from flexip_core.training.folders import make_source
 from flexip_core.training.pictures import CutOptions
 from flexip_core.training.shards import pack
 from flexip_core.training.sheet import choose_pairs, contact_sheet_of_pairs
+from flexip_core.training.sources import make_source
 
 SIZE = 32
 

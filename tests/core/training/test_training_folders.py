@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flexip_core.training import pictures
+from flexip_core.training.choice import Choice, Loader
 from flexip_core.training.data import INVARIANT, VARIANT, check_source
-from flexip_core.training.dataset import clip_frames, phrases_of, safe_name, scan
-from flexip_core.training.folders import Choice, FolderPairs, Loader, make_source
+from flexip_core.training.dataset import clip_frames, phrases_of, scan
+from flexip_core.training.folders import FolderPairs
 from flexip_core.training.importers import import_data
 from flexip_core.training.pictures import Cut, CutOptions, Picture, draw_cut, fixed_cuts
+from flexip_core.training.sources import make_source
+from flexip_core.training.stores import safe_name
 
 SIZE = 32
 

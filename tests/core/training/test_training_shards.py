@@ -19,8 +19,9 @@ from PIL import Image
 from flexip_core.training import shards
 from flexip_core.training.data import INVARIANT, VARIANT
 from flexip_core.training.dataset import scan
-from flexip_core.training.folders import make_source
-from flexip_core.training.shards import ShardStore, pack, unpack
+from flexip_core.training.shard_store import ShardStore
+from flexip_core.training.shards import pack, unpack
+from flexip_core.training.sources import make_source
 
 KINDS = torch.tensor([VARIANT, INVARIANT] * 8)
 

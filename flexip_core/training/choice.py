@@ -1,0 +1,107 @@
+"""What a batch shows: views drawn from training data, and the pictures behind them, decoded once and kept."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import torch
+
+from .data import KINDS, VARIANT
+from .dataset import DataSet, View
+from .pictures import MORE_THAN_SIZE, CutOptions, Picture, decode_frame, decode_mask, decode_picture, reduced
+from .stores import Store
+
+MEMORY = 2 * 2**30  # bytes of decoded pictures that are kept
+DEFAULTS = CutOptions()
+
+
+class Loader:
+    """Decodes views, keeps the most recently used ones, and may be called from many threads."""
+
+    def __init__(self, store: Store, size: int, memory: int = MEMORY):
+        self.store, self.size, self.memory = store, size, memory
+        self._kept: OrderedDict[tuple[str, int | None], Picture] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, view: View) -> Picture:
+        key = (view.file, view.frame)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        picture = load(self.store, view, self.size)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = picture
+                self._bytes += picture.bytes
+                while self._bytes > self.memory and len(self._kept) > 1:
+                    self._bytes -= self._kept.popitem(last=False)[1].bytes
+        return picture
+
+
+def load(store: Store, view: View, size: int) -> Picture:
+    """A view no larger than targets of `size` need. ValueError, one sentence, naming what cannot be read."""
+    with store.open(view.file) as file:
+        if view.frame is not None:
+            return reduced(decode_frame(file, view.file, view.frame, view.frames), None, size)
+        found = decode_picture(file, view.file, MORE_THAN_SIZE * size)
+    mask = found.alpha
+    if view.mask is not None:
+        with store.open(view.mask) as file:
+            mask = decode_mask(file, view.mask)
+        if mask.size != found.size:
+            raise ValueError(mask_misfit(view.mask, mask.size, found.size))
+    return reduced(found.rgb, mask, size)
+
+
+def mask_misfit(name: str, mask: tuple[int, int], picture: tuple[int, int]) -> str:
+    return (
+        f"Training data: the mask {name} has {mask[0]} x {mask[1]} pixels, its picture {picture[0]} x {picture[1]}; "
+        "make it anew at the picture's size."
+    )
+
+
+class Choice:
+    """Which views a batch shows: drawn for the whole batch, from as many numbers whatever comes out.
+
+    Subjects come by the square root of their number of views, times their weight. Invariant pictures come alike, times the
+    weight of their folder; where there are no loose ones, those of the subjects serve, subject by subject.
+    """
+
+    def __init__(self, data: DataSet):
+        self.subjects = [group for group in data.subjects if group.weight > 0]
+        loose = [group for group in data.loose if group.weight > 0]
+        self.loose = loose or self.subjects
+        self.shares = _cumulative([group.weight * len(group.views) ** 0.5 for group in self.subjects])
+        self.loose_shares = _cumulative([group.weight * len(group.views) for group in loose]) if loose else self.shares
+
+    def views(self) -> dict[str, int]:
+        return {group.name.rpartition("/")[2]: len(group.views) for group in self.subjects}
+
+    def pictures(self) -> int:
+        return sum(len(group.views) for group in self.loose)
+
+    def __call__(self, kind: int, draws: list[float]) -> tuple[View, View]:
+        """Target and reference from three numbers in 0..1."""
+        variant = kind == VARIANT
+        groups, shares = (self.subjects, self.shares) if variant else (self.loose, self.loose_shares)
+        if not groups:
+            raise ValueError(f"Training data: there is nothing for {KINDS[kind]} pairs; add pictures or change mix.")
+        views = groups[
+            int(torch.searchsorted(shares, draws[0] * shares[-1], right=True).clamp(max=len(groups) - 1))
+        ].views
+        first = int(draws[1] * len(views))
+        if not variant:
+            return views[first], views[first]
+        return views[first], views[(first + 1 + int(draws[2] * (len(views) - 1))) % len(views)]
+
+
+def _cumulative(weights: list[float]) -> torch.Tensor:
+    return torch.tensor(weights, dtype=torch.float64).cumsum(0)
+
+
+def check_size(size: int) -> None:
+    if type(size) is not int or size < 8 or size % 8:
+        raise ValueError(f"Training data: size must be a multiple of 8 pixels, got {size!r}.")

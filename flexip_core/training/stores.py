@@ -1,0 +1,95 @@
+"""Where the files of training data are (a plain folder, or the shards of shard_store.py), and the names that mean something there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Protocol
+
+SETTINGS = "dataset.toml"
+CLASS = "class.txt"
+MASK = ".mask.png"
+
+
+class Store(Protocol):
+    """Where the files of a data set are: a folder or shards. Names are relative, with slashes."""
+
+    label: str  # how messages call it
+
+    def names(self) -> list[str]:
+        """All files, sorted."""
+
+    def open(self, name: str) -> BinaryIO: ...
+
+    def stamp(self, name: str) -> tuple[str | int, ...]:
+        """Changes when the file changes; cheap."""
+
+
+class FolderStore:
+    """The files under a folder. Links are refused: what they point at may change or lie anywhere."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.label = str(folder)
+        if not self.folder.is_dir():
+            what = "is a file, not a folder" if self.folder.exists() else "does not exist"
+            raise ValueError(f"Training data: {folder} {what}; give the folder that holds variant/ or invariant/.")
+        self._names = sorted(self._walk(self.folder, ""))
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[str]:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                if entry.name.startswith(".") or entry.name in ("Thumbs.db", "desktop.ini", "__MACOSX"):
+                    continue
+                if not name.isprintable():
+                    raise ValueError(f"Training data: {name!r} in {self.label} is no readable file name; rename it.")
+                if entry.is_symlink() or _is_junction(entry):
+                    raise ValueError(
+                        f"Training data: {name} in {self.label} is a link; put the file or folder itself there (a copy)."
+                    )
+                if entry.is_dir():
+                    yield from self._walk(folder / entry.name, name + "/")
+                else:
+                    yield name
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def open(self, name: str) -> BinaryIO:
+        try:
+            return (self.folder / name).open("rb")
+        except OSError as error:
+            raise ValueError(
+                f"Training data: {name} in {self.label} cannot be opened ({error.strerror}); put it back."
+            ) from None
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        try:
+            about = (self.folder / name).stat()
+        except OSError as error:
+            raise ValueError(
+                f"Training data: {name} in {self.label} cannot be found ({error.strerror}); put it back."
+            ) from None
+        return about.st_size, about.st_mtime_ns
+
+
+def _is_junction(entry: os.DirEntry) -> bool:
+    return hasattr(entry, "is_junction") and entry.is_junction()  # Windows, Python 3.12
+
+
+def read(store: Store, name: str) -> bytes:
+    with store.open(name) as file:
+        return file.read()
+
+
+def safe_name(name: str) -> bool:
+    """Whether a relative name stays inside its folder, on every system."""
+    path = PurePosixPath(name)
+    return (
+        bool(name)
+        and not path.is_absolute()
+        and not {"..", "."} & set(name.split("/"))
+        and not set(name) & set("\\:\0")
+    )
