@@ -21,12 +21,12 @@ if "flexip_pack" not in sys.modules:
     )
     sys.modules["flexip_pack"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["flexip_pack"])
-from flexip_pack.flexip_core.network.adapters import FlexIPNetwork  # noqa: E402
-from flexip_pack.flexip_core.network.blocks import block_widths  # noqa: E402
-from flexip_pack.flexip_core.network.config import FlexIPConfig, ResamplerConfig  # noqa: E402
-from flexip_pack.flexip_core.run.chain import Link  # noqa: E402
-from flexip_pack.flexip_core.run.reference import Reference  # noqa: E402
-from flexip_pack.nodes import runtime  # noqa: E402
+from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
+from flexip_pack.flexip_core.network.blocks import block_widths
+from flexip_pack.flexip_core.network.config import FlexIPConfig, ResamplerConfig
+from flexip_pack.flexip_core.run.chain import Link
+from flexip_pack.flexip_core.run.reference import Reference
+from flexip_pack.nodes import runtime
 
 COMMON = dict(
     image_size=32,

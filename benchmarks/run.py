@@ -53,7 +53,7 @@ def start_comfyui(tree: Path, device: str) -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import comfy.cli_args  # noqa: F401 - reads sys.argv
+    import comfy.cli_args
 
     sys.argv = arguments
 

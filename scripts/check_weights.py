@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # flexip_core
-from flexip_core.encoders import layouts, towers  # noqa: E402
-from flexip_core.files import ip_adapter  # noqa: E402
-from flexip_core.files.checkpoint import is_flexip, load_checkpoint  # noqa: E402
-from flexip_core.files.weights import Header, read_header, read_tensors  # noqa: E402
-from flexip_core.network.config import ClipConfig, DinoConfig  # noqa: E402
+from flexip_core.encoders import layouts, towers
+from flexip_core.files import ip_adapter
+from flexip_core.files.checkpoint import is_flexip, load_checkpoint
+from flexip_core.files.weights import Header, read_header, read_tensors
+from flexip_core.network.config import ClipConfig, DinoConfig
 
 SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 TOLERANCE = 1e-3  # of an image projection against diffusers', in float32; its tokens are layer-normed
@@ -107,7 +107,7 @@ def _check_adapter(path: Path, row: Row, adapter: ip_adapter.IPAdapterFile) -> N
         except ImportError:
             row.diffusers = "not installed"
             return
-        except Exception as error:  # diffusers' lazy imports fail in many ways beside another transformers
+        except Exception as error:  # noqa: BLE001 - diffusers' lazy imports fail in many ways beside another transformers
             row.diffusers = f"not compared ({type(error).__name__})"
             return
         tensors = {

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the portable build's Python leaves this out
-import environment  # noqa: E402
+import environment
 
 
 def main() -> int:

@@ -15,11 +15,11 @@ from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / "scripts"), str(REPO)]  # the portable build's Python adds neither
-from environment import step  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-from server import ComfyServer, PromptError  # noqa: E402
+from environment import step
+from PIL import Image, ImageDraw, ImageFont
+from server import ComfyServer, PromptError
 
-from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt  # noqa: E402
+from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt
 
 WORKFLOW = REPO / "workflows" / "flexip_demo_world.json"
 SUBJECTS = (7, 16, 9)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from page import PACK, REPO, Image, Page, comfyui_pages, picture  # noqa: E402
+from page import PACK, REPO, Image, Page, comfyui_pages, picture
 
 FOLDER = REPO / "web" / "docs"
 WIDTH, SHARPNESS, MARGIN, COLORS = 340, 1.5, 12, 256

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from page import REPO, SETTLE_MS, Image, Page, comfyui_pages, picture, run, set_widgets  # noqa: E402
-from template_parts import Template  # noqa: E402
-from templates import TEMPLATES  # noqa: E402
+from page import REPO, SETTLE_MS, Image, Page, comfyui_pages, picture, run, set_widgets
+from template_parts import Template
+from templates import TEMPLATES
 
 FOLDER = REPO / "workflows"
 THUMBNAIL_WIDTH, QUALITY = 640, 85

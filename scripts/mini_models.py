@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # flexip_core
-from flexip_core.files.weights import read_tensors  # noqa: E402
-from flexip_core.untrained import mini  # noqa: E402
+from flexip_core.files.weights import read_tensors
+from flexip_core.untrained import mini
 
 
 def write_mini_models(models: Path) -> list[Path]:

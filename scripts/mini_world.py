@@ -30,15 +30,15 @@ import torch
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # flexip_core
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from flexip_core.files.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from flexip_core.files.weights import read_tensors  # noqa: E402
-from flexip_core.mini_world import causes, cures, encoders, files, judge, runs, table, task, world  # noqa: E402
-from flexip_core.mini_world.base import STEPS, BaseRun  # noqa: E402
-from flexip_core.mini_world.measure import MODES, Setup, Sweep  # noqa: E402
-from flexip_core.training.__main__ import make_task  # noqa: E402
-from flexip_core.training.loop import FINAL, Trainer  # noqa: E402
+from flexip_core.files.checkpoint import load_checkpoint, save_checkpoint
+from flexip_core.files.weights import read_tensors
+from flexip_core.mini_world import causes, cures, encoders, files, judge, runs, table, task, world
+from flexip_core.mini_world.base import STEPS, BaseRun
+from flexip_core.mini_world.measure import MODES, Setup, Sweep
+from flexip_core.training.__main__ import make_task
+from flexip_core.training.loop import FINAL, Trainer
 
 COMMAND = shlex.join(["python", "scripts/mini_world.py", *sys.argv[1:]])
 BASE_SEED, ENCODER_SEED, JUDGE_SEED = 5, 11, 23

@@ -16,13 +16,13 @@ from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / "scripts"), str(REPO)]
-import environment  # noqa: E402
-import skimage.data  # noqa: E402
-from PIL import Image  # noqa: E402
-from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
-from server import ComfyServer  # noqa: E402
+import environment
+import skimage.data
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+from server import ComfyServer
 
-from flexip_core.untrained import mini  # noqa: E402
+from flexip_core.untrained import mini
 
 PACK = "flexip"
 PICTURE = "example.png"  # every ComfyUI has it in its input folder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from flexip_core.untrained import mini  # noqa: E402
+from flexip_core.untrained import mini
 
 NARROW, WIDE, RESULT = 320, 400, 480  # of a column
 NOTE_COLORS = ("#432", "#653")

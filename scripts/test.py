@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The test suite in the demo's environment. Arguments that are not listed here go to pytest.
 
-python3 scripts/test.py [--all] [--only core server] [--comfyui-versions all] [-k gate ...]
+python3 scripts/test.py [--fast | --all] [--only core server] [--comfyui-versions all] [-k gate ...]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the portable build's Python leaves this out
-import environment  # noqa: E402
+import environment
 
 TESTS = environment.REPO / "tests"
 # One pytest each: core must work without ComfyUI, and ComfyUI cannot be imported twice with different options.
@@ -38,6 +38,22 @@ LONG_FILES = (
     "test_training_example.py",
     "test_training_sd_vs_comfy.py",
 )
+# --fast leaves out of tests/core what is fuzzed and what trains, and has of tests/comfy what compares a run with formulas.
+NOT_FAST = (
+    "core/evaluation/test_evaluation_commands.py",
+    "core/files/test_check_weights.py",
+    "core/files/test_fuzz_files.py",
+    "core/files/test_fuzz_pickles.py",
+    "core/mini_world",
+    "core/training/test_training_background.py",
+    "core/training/test_training_loop.py",
+    "core/training/test_training_memory.py",
+    "core/training/test_training_ranks.py",
+    "core/training/test_training_resume.py",
+    "core/training/test_training_sd.py",
+    "core/untrained/test_mini_models_script.py",
+)
+ORACLES = ("test_conditioning.py", "test_gated_unet.py", "test_guiders.py", "test_life_cycle.py")
 NO_TESTS = 5  # pytest's exit code when nothing was selected
 COUNTS = ("tests", "failures", "errors", "skipped")
 
@@ -55,16 +71,21 @@ class Run(NamedTuple):
 
 
 def plan(options: argparse.Namespace, owned: bool) -> list[Run]:
-    """Everything with the environment's ComfyUI, then what needs no browser with others: those that are asked for, or,
+    """With --fast a part of core and comfy. Else everything with the environment's ComfyUI, then what needs no browser with others: those that are asked for, or,
     if the environment is our `owned` one, a part on the oldest that is supported."""
+    if options.fast:
+        fast = [*_select(["not long"]), "--hypothesis-profile=fast"]
+        left_out = [f"--ignore={TESTS / name}" for name in NOT_FAST]
+        return [Run("core", "", (), [*fast, *left_out]), Run("comfy", "", ORACLES, fast)]
     asked, newest = options.comfyui_versions, environment.COMFYUI_VERSION if owned else ""
     if "all" in asked:
         asked = environment.COMFYUI_VERSIONS
     versions = asked or ([environment.COMFYUI_OLDEST] if owned else [])
     marked = [] if options.all else ["not long"]
     marked_there = ["not page"] if options.all and asked else ["not long", "not page"]
+    profile = ["--hypothesis-profile=thorough"] if options.all else []
     left_out = [] if asked else [f"--ignore={TESTS / 'comfy' / name}" for name in LONG_FILES]
-    runs = [Run(folder, "", (), _select(marked)) for folder in options.only]
+    runs = [Run(folder, "", (), [*_select(marked), *profile]) for folder in options.only]
     for version in environment.COMFYUI_VERSIONS:
         if version in versions and version != newest:
             for folder, files in WITH_OTHERS.items():
@@ -96,7 +117,13 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     environment.add_arguments(parser)
-    parser.add_argument("--all", action="store_true", help="the tests marked long, too")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--fast", action="store_true", help="a part that answers in two minutes; the options below have no effect on it"
+    )
+    amount.add_argument(
+        "--all", action="store_true", help="the tests marked long, too, and more examples of each property"
+    )
     parser.add_argument("--only", nargs="+", choices=FOLDERS, default=FOLDERS, help="these folders of tests/")
     parser.add_argument(
         "--comfyui-versions",

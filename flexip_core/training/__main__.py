@@ -67,7 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one.add_argument(
         "config",
         nargs="?",
-        help="left out: batch %d, %s, recompute, as in Train FlexIP" % (USUAL.batch, USUAL.precision),
+        help=f"left out: batch {USUAL.batch}, {USUAL.precision}, recompute, as in Train FlexIP",
     )
     one.add_argument("--base", required=True, help="SD1.5 or SDXL")
     one.add_argument("--size", type=int, required=True, help="side of the pictures in pixels")

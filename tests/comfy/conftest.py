@@ -19,11 +19,11 @@ sys.path[:] = [TREE, *(entry for entry in sys.path if Path(entry or ".").resolve
 
 arguments = sys.argv
 sys.argv = [arguments[0], "--cpu", "--use-pytorch-cross-attention"]
-import comfy.options  # noqa: E402
+import comfy.options
 
 comfy.options.enable_args_parsing()
-import comfy.cli_args  # noqa: E402, F401 - reads sys.argv
-import utils.extra_config  # noqa: E402, F401 - as main.py: older nodes.py puts comfy/ first, and its utils would hide this
+import comfy.cli_args
+import utils.extra_config  # noqa: F401 - as main.py: older nodes.py puts comfy/ first, and its utils would hide this
 
 sys.argv = arguments
 

@@ -390,7 +390,7 @@ def image_encoder():
     )
     model = CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
     g = tiny.generator(3)
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         p.copy_(torch.randn(p.shape, generator=g) * 0.3 + 0.5 * (p.dim() == 1))
     return model
 

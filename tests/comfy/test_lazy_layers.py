@@ -39,14 +39,14 @@ def assert_same(network, expected):
 
 
 @pytest.mark.parametrize("family, clip", MAKE)
-def test_an_ip_adapter_file_loads(pair_world, monkeypatch, family, clip):  # noqa: F811
+def test_an_ip_adapter_file_loads(pair_world, monkeypatch, family, clip):
     [name] = [path.name for path in (pair_world / "ipadapter").glob(f"{family} {clip}.*".replace(" ", "-"))]
     with lazy(monkeypatch):
         loaded = load(name)
     assert_same(loaded.network, load(name).network)
 
 
-def test_a_damaged_ip_adapter_file_is_still_refused(world, monkeypatch):  # noqa: F811
+def test_a_damaged_ip_adapter_file_is_still_refused(world, monkeypatch):
     from safetensors.torch import save_file
 
     tensors = pairs.tensors_of("plus", "A", pairs.file_blocks(tiny.tiny_model()), 0)
@@ -56,7 +56,7 @@ def test_a_damaged_ip_adapter_file_is_still_refused(world, monkeypatch):  # noqa
             load("bad.safetensors")
 
 
-def test_a_pair_that_was_loaded_so_samples_the_same(pair_world, model, monkeypatch):  # noqa: F811
+def test_a_pair_that_was_loaded_so_samples_the_same(pair_world, model, monkeypatch):
     with lazy(monkeypatch):
         adapters = load(PLUS, PLAIN)
     wanted = load(PLUS, PLAIN)
@@ -67,7 +67,7 @@ def test_a_pair_that_was_loaded_so_samples_the_same(pair_world, model, monkeypat
     assert torch.equal(*pictures)
 
 
-def test_a_flexip_file_loads(tmp_path, model, monkeypatch):  # noqa: F811
+def test_a_flexip_file_loads(tmp_path, model, monkeypatch):
     path = tmp_path / "adapters.safetensors"
     checkpoint.save_checkpoint(tiny.tiny_network(model), path)
     with lazy(monkeypatch):

@@ -94,7 +94,7 @@ def load(preservation="adapters.safetensors", personalization="auto", clip_visio
 
 
 def encode(adapters, images, crop="center", mask=None, clip=None, dino=None):
-    wrap = lambda value: None if value is None else [value]  # noqa: E731
+    wrap = lambda value: None if value is None else [value]
     return EncodeReference.execute(
         [adapters], images if isinstance(images, list) else [images], [crop], wrap(mask), wrap(clip), wrap(dino)
     )

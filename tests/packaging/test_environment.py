@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import environment  # noqa: E402
-from environment import Environment, SetupError  # noqa: E402
+import environment
+from environment import Environment, SetupError
 
 # by its path: `test` is a package of Python's
 spec = importlib.util.spec_from_file_location("test_script", Path(environment.__file__).with_name("test.py"))
@@ -178,6 +178,21 @@ def test_a_normal_run_ends_with_the_oldest_comfyui() -> None:
     assert runs("--only", "comfy") == [("comfy", ""), ("comfy", OLDEST)]
     assert runs("--only", "core") == [("core", "")]
     assert runs(owned=False) == NORMAL  # somebody's installation is all that is asked about
+
+
+def test_the_fast_run_is_a_part_of_core_and_of_comfy(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is named is there: a renamed file would be run again, or be missing."""
+    options, _ = test_script.make_parser().parse_known_args(["--fast"])
+    core, comfy = test_script.plan(options, owned=True)
+    assert (str(core), str(comfy)) == ("tests/core", "tests/comfy")
+    for run in (core, comfy):
+        assert run.arguments[:3] == ["-m", "not long", "--hypothesis-profile=fast"]
+    left_out = [Path(a.removeprefix("--ignore=")) for a in core.arguments if a.startswith("--ignore=")]
+    oracles = [test_script.TESTS / "comfy" / name for name in comfy.files]
+    assert left_out and oracles and all(path.exists() for path in [*left_out, *oracles])
+    with pytest.raises(SystemExit):
+        runs("--fast", "--all")
+    assert "--fast" in capsys.readouterr().err
 
 
 def test_comfyui_versions_are_run_after_the_normal_run_which_has_the_newest() -> None:

@@ -18,7 +18,7 @@ else:
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "scripts"))
-import environment  # noqa: E402
+import environment
 
 BROUGHT_BY_COMFYUI = {
     "torch",

@@ -16,8 +16,8 @@ from PIL import Image
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
-from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt  # noqa: E402
-from flexip_core.untrained import mini  # noqa: E402
+from flexip_core.evaluation.workflow import nodes_of, set_inputs, to_prompt
+from flexip_core.untrained import mini
 
 OBJECT_INFO = {
     "Load": {

@@ -12,10 +12,10 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "scripts"))
-import environment  # noqa: E402
-from server import ComfyServer  # noqa: E402
+import environment
+from server import ComfyServer
 
-from flexip_core.untrained import mini  # noqa: E402
+from flexip_core.untrained import mini
 
 PACK = "flexip"  # its folder's name in custom_nodes
 REFERENCE = "astronaut.png"  # in ComfyUI's input folder

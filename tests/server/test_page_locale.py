@@ -33,7 +33,7 @@ def in_chinese(comfy: ComfyServer) -> Iterator[None]:
     settings.write_text(before)
 
 
-def expect_tooltip(page: Page, node_id: str, name: str) -> None:  # noqa: F811
+def expect_tooltip(page: Page, node_id: str, name: str) -> None:
     """The page must show the Chinese one when the mouse rests on an input or a widget."""
     kind = page.evaluate("id => app.graph.getNodeById(id).type", node_id)
     texts = TEXTS[kind]["inputs"][name.replace(".", "_")]
@@ -46,7 +46,7 @@ def expect_tooltip(page: Page, node_id: str, name: str) -> None:  # noqa: F811
     expect(page.locator(TOOLTIPS).filter(has_text=texts["tooltip"]).first).to_be_visible()
 
 
-def test_nodes_speak_chinese(in_chinese: None, page: Page, comfy: ComfyServer) -> None:  # noqa: F811
+def test_nodes_speak_chinese(in_chinese: None, page: Page, comfy: ComfyServer) -> None:
     open_template(page, comfy, "flexip_basic")
     apply, texts = str(node(page, "ApplyFlexIPGate")), TEXTS["ApplyFlexIPGate"]
     get = f"app.graph.getNodeById('{apply}')"

@@ -28,7 +28,7 @@ INTO_SUBGRAPH = """id => { const {node} = app.graph.convertToSubgraph(new Set([a
     return [String(node.id), String(node.subgraph.nodes[0].id)]; }"""
 
 
-def expect_badge(page: Page, node_id: str, wanted: bool) -> None:  # noqa: F811
+def expect_badge(page: Page, node_id: str, wanted: bool) -> None:
     assert page.evaluate(f"id => Boolean(({BADGE})(id))", node_id) == wanted
     if page.evaluate(IN_VUE):
         expect(page.locator(f"[data-node-id='{node_id}']").get_by_text(LABEL)).to_have_count(int(wanted))
@@ -36,20 +36,20 @@ def expect_badge(page: Page, node_id: str, wanted: bool) -> None:  # noqa: F811
         page.wait_for_function(IS_DRAWN, arg=node_id)
 
 
-def click_badge(page: Page, node_id: str) -> None:  # noqa: F811
+def click_badge(page: Page, node_id: str) -> None:
     if page.evaluate(IN_VUE):
         page.locator(f"[data-node-id='{node_id}']").get_by_text(LABEL).click()
     else:
         page.mouse.click(*page.evaluate(ON_SCREEN, node_id))
 
 
-def sample(page: Page, anew: bool = True) -> None:  # noqa: F811
+def sample(page: Page, anew: bool = True) -> None:
     if anew:
         set_widgets(page, "KSampler", seed=next(seeds))
     assert run(page)[-1][0] == "execution_success"
 
 
-def test_a_run_that_changes_nothing_marks_the_node_until_one_that_does(page: Page, comfy: ComfyServer) -> None:  # noqa: F811
+def test_a_run_that_changes_nothing_marks_the_node_until_one_that_does(page: Page, comfy: ComfyServer) -> None:
     open_template(page, comfy, "flexip_basic")
     make_small(page, seed=next(seeds))
     apply, notice = str(node(page, APPLY)), page.locator(".p-toast-message")
@@ -74,7 +74,7 @@ def test_a_run_that_changes_nothing_marks_the_node_until_one_that_does(page: Pag
     assert page.problems == []
 
 
-def test_a_node_in_a_subgraph_marks_the_subgraph_too(page: Page, comfy: ComfyServer) -> None:  # noqa: F811
+def test_a_node_in_a_subgraph_marks_the_subgraph_too(page: Page, comfy: ComfyServer) -> None:
     open_template(page, comfy, "flexip_basic")
     make_small(page, seed=next(seeds))
     set_widgets(page, APPLY, **BETWEEN_STEPS)
@@ -95,7 +95,7 @@ def test_a_node_in_a_subgraph_marks_the_subgraph_too(page: Page, comfy: ComfySer
     assert page.problems == []
 
 
-def test_a_message_about_a_node_of_another_workflow_is_ignored(page: Page, comfy: ComfyServer) -> None:  # noqa: F811
+def test_a_message_about_a_node_of_another_workflow_is_ignored(page: Page, comfy: ComfyServer) -> None:
     open_template(page, comfy, "flexip_basic")
     sampler = str(node(page, "KSampler"))
     for node_id in (sampler, "999", f"{node(page, APPLY)}:1", "no id"):

@@ -108,7 +108,7 @@ def test_workflow_runs(comfy: ComfyServer, path: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["canvas", "vue"])
-def page(comfy: ComfyServer, browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:  # noqa: F811
+def page(comfy: ComfyServer, browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
     """One page for all workflows: each replaces the one before."""
     settings = comfy.base / "user" / "default" / "comfy.settings.json"
     before = settings.read_text()

@@ -143,7 +143,7 @@ def floats(image: Image.Image) -> torch.Tensor:
 
 def test_the_nodes_pictures_differ_by_a_rounding_where_they_are_soft_and_square(clip_file, dino_file):
     """Hard edges overshoot, which PIL clips once more; other shapes are cut up to a pixel elsewhere."""
-    for model, scorer in (clip_file, dino_file):
+    for _, scorer in (clip_file, dino_file):
         std = torch.tensor(scorer_files.towers.statistics(scorer.encoder)[1]).view(3, 1, 1)
         encoder = metrics.ImageEncoder(scorer, "cpu")
         for side in (224, 512, 777):

@@ -17,7 +17,7 @@ from flexip_core.untrained import mini
 
 REPO = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(REPO / "scripts"))
-import check_weights  # noqa: E402
+import check_weights
 
 
 @pytest.fixture(scope="module")

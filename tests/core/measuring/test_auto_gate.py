@@ -13,7 +13,7 @@ CURVES = {"line": lambda g: 0.2 + 0.6 * g, "late": lambda g: g**6, "step": lambd
 
 def search(curves, target):
     """As the node does it, with curves instead of pictures."""
-    measure = lambda gates: np.array([[curve(g) for g in gates] for curve in curves])  # noqa: E731
+    measure = lambda gates: np.array([[curve(g) for g in gates] for curve in curves])
     gates, scores = GATES, measure(GATES)
     finer = auto_gate.second_round(gates, scores, target)
     if finer:
@@ -49,7 +49,7 @@ def test_a_target_that_every_gate_reaches_gives_gate_0():
 
 
 def test_the_smallest_gate_is_taken_where_the_curve_falls_again():
-    hump = lambda g: 1 - 4 * (g - 0.5) ** 2  # noqa: E731
+    hump = lambda g: 1 - 4 * (g - 0.5) ** 2
     assert search([hump], 0.75).gate == pytest.approx(0.25)
 
 

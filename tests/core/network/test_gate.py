@@ -9,7 +9,7 @@ from flexip_core.network.gate import gated_branches, stack_rows
 
 def branches(dtype=torch.float64, b=2, c=12):
     torch.manual_seed(0)
-    make = lambda n: Branch(torch.randn(b, n, c, dtype=dtype), torch.randn(b, n, c, dtype=dtype))  # noqa: E731
+    make = lambda n: Branch(torch.randn(b, n, c, dtype=dtype), torch.randn(b, n, c, dtype=dtype))
     return make(4), make(7), torch.randn(b, 5, c, dtype=dtype), torch.randn(b, 5, c, dtype=dtype)
 
 

@@ -197,7 +197,7 @@ def test_layouts_that_come_in_turns_are_assembled_once(monkeypatch):
         monkeypatch.setattr(lru, "ROOM", room)
         run, made = run_of([link]), []
         assemble = run.links[0]._assemble
-        run.links[0]._assemble = lambda *args: (made.append(args), assemble(*args))[1]
+        run.links[0]._assemble = lambda *a, made=made, assemble=assemble: (made.append(a), assemble(*a))[1]
         for call in 3 * calls:
             run.assemble(call, None)
         assert len(made) == expected

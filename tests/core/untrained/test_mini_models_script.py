@@ -19,7 +19,7 @@ FILES = {
     f"clip_vision/{mini.MINI_DINO_FILE}",
 }
 sys.path.insert(0, str(SCRIPT.parent))
-from mini_models import write_mini_models  # noqa: E402
+from mini_models import write_mini_models
 
 
 @pytest.fixture
