@@ -28,6 +28,7 @@ from torch.nn.functional import interpolate, normalize
 from ..encoders import layouts, scorer_files, text_tower
 from ..encoders.scorer_files import ScorerFile
 from ..files.weights import name_of, read_header, read_tensors
+from ..pictures.opened import open_picture
 
 # --- on features ---
 
@@ -43,11 +44,11 @@ def clip_t(pictures: Tensor, prompts: Tensor) -> Tensor:
 def read_picture(path: Path) -> Image.Image:
     """The picture as viewers show it, 8-bit RGB. ValueError, naming the file, if it is none or damaged."""
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"The picture {name_of(path)} does not exist.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG
+    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: broken PNG
         raise ValueError(f"The picture {name_of(path)} cannot be read ({error}); make it again.") from None
 
 

@@ -8,21 +8,31 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..files.weights import sha256
-from .choice import mask_misfit
-from .dataset import DataSet, Group, View, open_store, scan
-from .pictures import decode_frame, decode_mask, decode_picture, reduced, subject_box, target
+from .dataset import PARTS, DataSet, Group, View, open_store, scan
+from .pictures import (
+    DECODING,
+    MaskMisfit,
+    decode_frame,
+    decode_mask,
+    decode_picture,
+    pixels_of,
+    reduced,
+    subject_box,
+    target,
+)
 
 TOKENS = 77  # of a CLIP text encoder, begin and end included
 HASH = 16  # a perceptual hash compares that many neighbours each way
 ALIKE = 10  # of the hash's 256 bits may differ between pictures that look the same
 COSINE = 0.97  # of CLIP embeddings: from here on two views are no variation
+BLOCK = 256  # views that are compared with all others at a time
 EXAMPLES = 3  # names in a sentence
 ABOUT = ("credits", "license", "licence", "readme")  # files about the whole, beside variant/ and invariant/
 
@@ -94,26 +104,34 @@ def check(
     """Decodes everything. ValueError only for what is no data set at all.
 
     embed: pictures (1, 3, size, size) in -1..1 -> CLIP embeddings (1, width); finds near duplicates instead of the hash.
-    on_progress: views looked at, and how many there are.
+    on_progress: views looked at, and how many there are; also called again and again where that stands still, so that
+    whoever raises there ends the check soon, whatever it is at.
     """
+    done, total = 0, 1
+
+    def alive() -> None:
+        if on_progress is not None:
+            on_progress(done, total)
+
     store = open_store(data)
     broken: dict[str, str] = {}
-    train, val = scan(store, "train", broken), scan(store, "val", broken)
+    train, val = (scan(store, part, broken, alive) for part in PARTS)
     report = Report()
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         seen = []
         jobs = [(part, group, view) for part in (train, val) for group, view in part.views()]
+        total = len(jobs)
         for result in pool.map(lambda job: _look(*job, size, embed), jobs):
             seen.append(result)
-            if on_progress is not None:
-                on_progress(len(seen), len(jobs))
-    digests = _digests(store, [entry.view for entry in seen])
+            done = len(seen)
+            alive()
+    digests = _digests(store, [entry.view for entry in seen], alive)
     _count(report, train, val, seen)
     problems = [
         *_files(seen, broken, size),
         *_masks(seen),
-        *_captions(train, tokens, report),
-        *_duplicates(train, seen, digests),
+        *_captions(train, tokens, report, alive),
+        *_duplicates(train, seen, digests, alive),
         *_structure(train, val),
     ]
     order = {"error": 0, "warning": 1, "note": 2}
@@ -124,31 +142,36 @@ def check(
 def _look(data: DataSet, group: Group, view: View, size: int, embed) -> _Seen:
     seen = _Seen(group, view)
     try:
-        with data.store.open(view.file) as file:
-            if view.frame is not None:
-                rgb, alpha = decode_frame(file, view.file, view.frame, view.frames), None
-            else:
-                found = decode_picture(file, view.file)
-                rgb, alpha = found.rgb, found.alpha
-        mask = alpha
-        if view.mask is not None:
-            with data.store.open(view.mask) as file:
-                mask = decode_mask(file, view.mask)
-            if mask.size != rgb.size:
-                seen.error = mask_misfit(view.mask, mask.size, rgb.size)
-                mask = None
+        with data.store.open(view.file) as file, DECODING.held(pixels_of(file, view.file)):
+            _see(seen, file, data, size, embed)
     except (ValueError, RuntimeError) as error:
         seen.error = str(error)
-        return seen
+    return seen
+
+
+def _see(seen: _Seen, file: BinaryIO, data: DataSet, size: int, embed) -> None:
+    view = seen.view
+    if view.frame is not None:
+        rgb, mask = decode_frame(file, view.file, view.frame, view.frames), None
+    else:
+        found = decode_picture(file, view.file)
+        rgb, mask = found.rgb, found.alpha
+    if view.mask is not None:
+        with data.store.open(view.mask) as mask_file:
+            try:
+                mask = decode_mask(mask_file, view.mask, rgb.size)
+            except MaskMisfit as error:
+                seen.error, mask = str(error), None
     seen.side = min(rgb.size)
     seen.masked, seen.empty_mask = mask is not None, mask is not None and subject_box(mask) is None
-    seen.pixels = hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).digest()
+    pixels = hashlib.sha256(repr(rgb.size).encode())
+    pixels.update(np.asarray(rgb))
+    seen.pixels = pixels.digest()
     seen.look = perceptual_hash(rgb)
     if embed is not None:
         with torch.no_grad():
             embedding = embed(target(reduced(rgb, None, size), size).unsqueeze(0))[0].float().cpu()
         seen.embedding = embedding / embedding.norm()
-    return seen
 
 
 def perceptual_hash(image: Image.Image) -> np.ndarray:
@@ -158,10 +181,11 @@ def perceptual_hash(image: Image.Image) -> np.ndarray:
     return (values[:, 1:] > values[:, :-1]).ravel()
 
 
-def _digests(store, views: Iterable[View]) -> dict[str, str]:
+def _digests(store, views: Iterable[View], alive: Callable[[], None]) -> dict[str, str]:
     """sha256 of every file."""
     found = {}
     for name in dict.fromkeys(view.file for view in views):
+        alive()
         try:
             with store.open(name) as file:
                 found[name] = sha256(file)
@@ -220,12 +244,13 @@ def _masks(seen: list[_Seen]) -> list[Problem]:
     return [Problem("error", "empty mask", sentence, tuple(names))]
 
 
-def _captions(data: DataSet, tokens: int, report: Report) -> list[Problem]:
+def _captions(data: DataSet, tokens: int, report: Report, alive: Callable[[], None]) -> list[Problem]:
     from ..encoders.text_tower import count_tokens  # loads open_clip's vocabulary
 
     empty, long, problems = [], [], []
     texts: dict[str, int] = {}
     for file, view in {view.file: view for _, view in data.views()}.items():
+        alive()
         try:
             text = data.caption(view)
         except ValueError as error:
@@ -261,7 +286,7 @@ def _captions(data: DataSet, tokens: int, report: Report) -> list[Problem]:
     return problems
 
 
-def _duplicates(train: DataSet, seen: list[_Seen], digests: dict[str, str]) -> list[Problem]:
+def _duplicates(train: DataSet, seen: list[_Seen], digests: dict[str, str], alive: Callable[[], None]) -> list[Problem]:
     problems: list[Problem] = []
     by_digest: dict[str, list[str]] = defaultdict(list)
     for name, digest in digests.items():
@@ -280,43 +305,71 @@ def _duplicates(train: DataSet, seen: list[_Seen], digests: dict[str, str]) -> l
         elif len(trained) > 1 and not trained[0].startswith("variant/"):
             sentence = f"the same file is there {len(trained)} times: {_some(trained)}; keep one."
             problems.append(Problem("warning", "duplicate", sentence, tuple(trained)))
+    subjects = {group.name for group in train.subjects}
     by_group: dict[str, list[_Seen]] = defaultdict(list)
     for entry in seen:
-        if entry.look is not None and entry.group in train.subjects:
+        if entry.look is not None and entry.group.name in subjects:
             by_group[entry.group.name].append(entry)
     for name, entries in by_group.items():
-        problems += _alike(name, entries)
+        problems += _alike(name, entries, alive)
     return problems
 
 
-def _alike(name: str, entries: list[_Seen]) -> list[Problem]:
-    """Views of one subject that are no variation of each other."""
-    same, near = [], []
-    looks = np.stack([entry.look for entry in entries])
-    for i, one in enumerate(entries):
-        distances = (looks[i + 1 :] != looks[i]).sum(1)
-        for distance, other in zip(distances.tolist(), entries[i + 1 :]):
-            if one.pixels == other.pixels:
-                same.append((one.view.name, other.view.name))
-            elif one.embedding is not None and other.embedding is not None:
-                if float(one.embedding @ other.embedding) >= COSINE:
-                    near.append((one.view.name, other.view.name))
-            elif distance <= ALIKE:
-                near.append((one.view.name, other.view.name))
+def _alike(name: str, entries: list[_Seen], alive: Callable[[], None]) -> list[Problem]:
+    """Views of one subject that are no variation of each other. Pairs are counted, never listed."""
+    same, near = _Pairs(entries), _Pairs(entries)
+    vectors, least = _vectors(entries)
+    numbers = {pixels: i for i, pixels in enumerate({entry.pixels: None for entry in entries})}
+    pictures = np.array([numbers[entry.pixels] for entry in entries])
+    for begin in range(0, len(entries), BLOCK):
+        alive()
+        rows = slice(begin, begin + BLOCK)
+        later = np.arange(begin, len(entries)) > np.arange(len(entries))[rows, None]  # each pair once
+        equal = pictures[rows, None] == pictures[begin:]
+        same.count(equal & later, begin)
+        near.count((vectors[rows] @ vectors[begin:].T >= least) & ~equal & later, begin)
     problems = []
-    if same:
+    if same.number:
         sentence = (
-            f"{name} shows the same picture twice ({_pair(same)}, {len(same)} such pairs), which teaches copying under the gate of "
+            f"{name} shows the same picture twice ({same.first}, {same.number} such pairs), which teaches copying under the gate of "
             "variation; keep one of each."
         )
-        problems.append(Problem("error", "same view", sentence, tuple(sum(same, ()))))
-    if near:
+        problems.append(Problem("error", "same view", sentence, same.names()))
+    if near.number:
         sentence = (
-            f"{name} has {len(near)} pairs of views that look alike ({_pair(near)}), so they show no variation; take pictures that "
+            f"{name} has {near.number} pairs of views that look alike ({near.first}), so they show no variation; take pictures that "
             "differ more, or a larger min_frame_gap for clips."
         )
-        problems.append(Problem("warning", "near duplicate", sentence, tuple(sum(near, ()))))
+        problems.append(Problem("warning", "near duplicate", sentence, near.names()))
     return problems
+
+
+def _vectors(entries: list[_Seen]) -> tuple[np.ndarray, float]:
+    """(n, width) of float32, and the product of two rows from which on two views look alike."""
+    if all(entry.embedding is not None for entry in entries):
+        return np.stack([entry.embedding.numpy() for entry in entries]), COSINE
+    # bits as -1 and 1: every one that differs takes 2 from the product
+    return np.stack([entry.look for entry in entries]).astype(np.float32) * 2 - 1, HASH * HASH - 2 * ALIKE
+
+
+class _Pairs:
+    """How many pairs of views there are, which views are in one, and the first pair as an example."""
+
+    def __init__(self, entries: list[_Seen]):
+        self.entries, self.number, self.first = entries, 0, ""
+        self._in_one = np.zeros(len(entries), bool)
+
+    def count(self, pairs: np.ndarray, begin: int) -> None:
+        """(rows, columns) of bool, both from view `begin` on."""
+        self.number += int(pairs.sum())
+        self._in_one[begin : begin + len(pairs)] |= pairs.any(1)
+        self._in_one[begin:] |= pairs.any(0)
+        if not self.first and pairs.any():
+            places = np.unravel_index(pairs.argmax(), pairs.shape)
+            self.first = " and ".join(self.entries[begin + i].view.name.rpartition("/")[2] for i in places)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.entries[i].view.name for i in np.flatnonzero(self._in_one))
 
 
 def _structure(train: DataSet, val: DataSet) -> list[Problem]:
@@ -358,7 +411,3 @@ def _structure(train: DataSet, val: DataSet) -> list[Problem]:
 def _some(names: list[str]) -> str:
     more = len(names) - EXAMPLES
     return ", ".join(names[:EXAMPLES]) + (f" and {more} more" if more > 0 else "")
-
-
-def _pair(pairs: list[tuple[str, str]]) -> str:
-    return " and ".join(name.rpartition("/")[2] for name in pairs[0])

@@ -9,7 +9,17 @@ import torch
 
 from .data import KINDS, VARIANT
 from .dataset import DataSet, View
-from .pictures import MORE_THAN_SIZE, CutOptions, Picture, decode_frame, decode_mask, decode_picture, reduced
+from .pictures import (
+    DECODING,
+    MORE_THAN_SIZE,
+    CutOptions,
+    Picture,
+    decode_frame,
+    decode_mask,
+    decode_picture,
+    pixels_of,
+    reduced,
+)
 from .stores import Store
 
 MEMORY = 2 * 2**30  # bytes of decoded pictures that are kept
@@ -43,24 +53,16 @@ class Loader:
 
 def load(store: Store, view: View, size: int) -> Picture:
     """A view no larger than targets of `size` need. ValueError, one sentence, naming what cannot be read."""
-    with store.open(view.file) as file:
+    at_least = None if view.frame is not None else MORE_THAN_SIZE * size
+    with store.open(view.file) as file, DECODING.held(pixels_of(file, view.file, at_least)):
         if view.frame is not None:
             return reduced(decode_frame(file, view.file, view.frame, view.frames), None, size)
-        found = decode_picture(file, view.file, MORE_THAN_SIZE * size)
-    mask = found.alpha
-    if view.mask is not None:
-        with store.open(view.mask) as file:
-            mask = decode_mask(file, view.mask)
-        if mask.size != found.size:
-            raise ValueError(mask_misfit(view.mask, mask.size, found.size))
-    return reduced(found.rgb, mask, size)
-
-
-def mask_misfit(name: str, mask: tuple[int, int], picture: tuple[int, int]) -> str:
-    return (
-        f"Training data: the mask {name} has {mask[0]} x {mask[1]} pixels, its picture {picture[0]} x {picture[1]}; "
-        "make it anew at the picture's size."
-    )
+        found = decode_picture(file, view.file, at_least)
+        mask = found.alpha
+        if view.mask is not None:
+            with store.open(view.mask) as mask_file:
+                mask = decode_mask(mask_file, view.mask, found.size)
+        return reduced(found.rgb, mask, size)
 
 
 class Choice:

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from .shard_store import ShardStore
 from .stores import CLASS, MASK, SETTINGS, FolderStore, Store
 
 PARTS = ("train", "val")
+MOST_VIEWS = 4096  # of one clip, whatever dataset.toml wishes
 _REPEATS = re.compile(r"([1-9]\d{0,3})_.+")
 
 
@@ -104,8 +105,16 @@ def open_store(data: str | os.PathLike) -> Store:
     return FolderStore(data)
 
 
-def scan(data: str | os.PathLike | Store, part: str = "train", broken: dict[str, str] | None = None) -> DataSet:
-    """ValueError, one sentence, for what is no data set and for clips that cannot be read; the latter go to `broken` if given."""
+def scan(
+    data: str | os.PathLike | Store,
+    part: str = "train",
+    broken: dict[str, str] | None = None,
+    alive: Callable[[], None] = lambda: None,
+) -> DataSet:
+    """ValueError, one sentence, for what is no data set and for clips that cannot be read; the latter go to `broken` if given.
+
+    `alive` is called before each clip is opened; what it raises ends the scan.
+    """
     if part not in PARTS:
         raise ValueError(f"Training data: the part {part!r} is unknown; choose train or val.")
     store = open_store(data) if isinstance(data, (str, os.PathLike)) else data
@@ -129,7 +138,7 @@ def scan(data: str | os.PathLike | Store, part: str = "train", broken: dict[str,
         if kind not in KINDS or "/" in inner or (kind == "variant" and not inner):
             unused += [f"{folder}/{base}".lstrip("/") for base in bases if base != SETTINGS]
             continue
-        views, rest = _views(store, folder, bases, cfg, broken)
+        views, rest = _views(store, folder, bases, cfg, broken, alive)
         unused += rest
         if views:
             (subjects if kind == "variant" else loose).append(_group(folder, inner, views, cfg))
@@ -143,7 +152,12 @@ def _group(folder: str, inner: str, views: list[View], cfg: DataConfig) -> Group
 
 
 def _views(
-    store: Store, folder: str, bases: list[str], cfg: DataConfig, broken: dict[str, str] | None
+    store: Store,
+    folder: str,
+    bases: list[str],
+    cfg: DataConfig,
+    broken: dict[str, str] | None,
+    alive: Callable[[], None],
 ) -> tuple[list[View], list[str]]:
     """The views of a folder, and its files that are no part of the data."""
     present, used, views = set(bases), set(), []
@@ -165,6 +179,7 @@ def _views(
         if extension in PICTURES:
             views.append(View(path, mask=beside(stem + MASK), caption=caption, class_file=class_file))
         else:
+            alive()
             try:
                 with store.open(path) as file:
                     frames = clip_length(file, path)
@@ -204,6 +219,8 @@ def read_settings(store: Store, folders: Iterable[str]) -> DataConfig:
     for name in ("min_frame_gap", "clip_frames"):
         if name in data and (type(data[name]) is not int or data[name] < 1):
             raise ValueError(f"{SETTINGS}: {name} must be a whole number of at least 1, got {data[name]!r}.")
+    if data.get("clip_frames", 1) > MOST_VIEWS:
+        raise ValueError(f"{SETTINGS}: clip_frames must be at most {MOST_VIEWS}, got {data['clip_frames']!r}.")
     if type(data.get("repeats", True)) is not bool:
         raise ValueError(f"{SETTINGS}: repeats must be true or false, got {data['repeats']!r}.")
     weights = data.get("weights", {})

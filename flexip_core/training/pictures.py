@@ -10,22 +10,28 @@ What is decided here:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from ..pictures.opened import FORMATS, MOST_PIXELS, open_picture, refuse_large
 from .data import INVARIANT
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 CLIPS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
+DECODED = 2 * MOST_PIXELS  # at one time, by all threads together
 MORE_THAN_SIZE = 2
 CUT_DRAWS = 6  # numbers in 0..1 that `draw_cut` takes
 CUTS = 4  # references of one picture and kind in a cache, as `fixed_cuts` gives them
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # PIL counts MPO, a phone's JPEG with two pictures, as JPEG
+_READERS = {".mp4": "mov", ".mov": "mov", ".m4v": "mov", ".webm": "matroska", ".mkv": "matroska", ".avi": "avi"}
 _VISIBLE = 128  # of 255: from here on a pixel of a mask is the subject
 _WHITE = (255, 255, 255)
 _BLUR = 8  # a blurred ground has that many patches each way
@@ -158,6 +164,55 @@ def _between(span: tuple[float, float], draw: float) -> float:
     return span[0] + (span[1] - span[0]) * draw
 
 
+class Budget:
+    """How many pixels are decoded at one time, by whichever threads. One picture alone always is."""
+
+    def __init__(self, most: int):
+        self.most, self.used = most, 0
+        self._change = threading.Condition()
+
+    @contextlib.contextmanager
+    def held(self, pixels: int) -> Iterator[None]:
+        """Waits until they are free. A thread holds one picture at a time, so nobody waits for somebody who waits."""
+        pixels = min(pixels, self.most)
+        with self._change:
+            self._change.wait_for(lambda: self.used + pixels <= self.most)
+            self.used += pixels
+        try:
+            yield
+        finally:
+            with self._change:
+                self.used -= pixels
+                self._change.notify_all()
+
+
+DECODING = Budget(DECODED)
+
+
+def pixels_of(file: BinaryIO, name: str, at_least: int | None = None) -> int:
+    """How many pixels decoding will give (a frame of a clip, a picture as `decode_picture` reads it), by the header alone.
+
+    ValueError naming what cannot be read; `file` stands at its begin again.
+    """
+    try:
+        if os.path.splitext(name)[1].lower() in CLIPS:
+            with _opened_clip(file, name) as stream:
+                return stream.width * stream.height
+        try:
+            image = open_picture(file)
+            if at_least:
+                image.draft(None, (at_least, at_least))
+            return image.width * image.height
+        except Exception as error:  # noqa: BLE001 - damaged files fail with any exception
+            raise ValueError(unreadable(name, error)) from None
+    finally:
+        file.seek(0)
+
+
+class MaskMisfit(ValueError):
+    """A mask that is not as large as its picture."""
+
+
 @dataclass(frozen=True, eq=False)
 class Decoded:
     rgb: Image.Image
@@ -171,7 +226,7 @@ def decode_picture(file: BinaryIO, name: str, at_least: int | None = None) -> De
     Neither side gets shorter than `at_least` then. ValueError naming the picture if it cannot be read.
     """
     try:
-        image = Image.open(file, formats=_FORMATS)
+        image = open_picture(file)
         size = image.size
         if at_least:
             image.draft(None, (at_least, at_least))
@@ -192,16 +247,23 @@ def decode_picture(file: BinaryIO, name: str, at_least: int | None = None) -> De
         raise ValueError(unreadable(name, error)) from None
 
 
-def decode_mask(file: BinaryIO, name: str) -> Image.Image:
-    """ "L", white = subject."""
+def decode_mask(file: BinaryIO, name: str, size: tuple[int, int]) -> Image.Image:
+    """ "L", white = subject. MaskMisfit, from its header, unless it has the `size` of its picture."""
     try:
-        image = Image.open(file, formats=_FORMATS)
+        image = open_picture(file)
+        if image.size != size:
+            raise MaskMisfit(
+                f"Training data: the mask {name} has {image.width} x {image.height} pixels, its picture {size[0]} x {size[1]}; "
+                "make it anew at the picture's size."
+            )
         image.load()
         image = _eight_bit(image)
         # a mask that is nothing but transparency is its alpha channel; else transparency does not matter
         if image.mode in ("RGBA", "LA") and max(high for _, high in _extrema(image)[:-1]) == 0:
             return image.getchannel("A")
         return image.convert("RGB").convert("L") if image.mode == "P" else image.convert("L")
+    except MaskMisfit:
+        raise
     except Exception as error:  # noqa: BLE001
         raise ValueError(unreadable(name, error)) from None
 
@@ -209,7 +271,7 @@ def decode_mask(file: BinaryIO, name: str) -> Image.Image:
 def has_alpha(file: BinaryIO) -> bool:
     """Whether a picture file can have transparent pixels, without decoding it. False if it cannot be read."""
     try:
-        return Image.open(file, formats=_FORMATS).has_transparency_data
+        return open_picture(file).has_transparency_data
     except Exception:  # noqa: BLE001
         return False
 
@@ -217,7 +279,7 @@ def has_alpha(file: BinaryIO) -> bool:
 def unreadable(name: str, error: BaseException) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     if "cannot identify image file" in reason:
-        reason = f"it is none of {', '.join(_FORMATS)}"
+        reason = f"it is none of {', '.join(FORMATS)}"
     return f"Training data: {name} cannot be read ({reason[:160]}); replace it or take it out."
 
 
@@ -249,39 +311,52 @@ def reduced(picture: Image.Image, mask: Image.Image | None, size: int) -> Pictur
 
 def clip_length(file: BinaryIO, name: str) -> int:
     """Number of frames. ValueError naming the clip, RuntimeError without PyAV."""
-    av = _av()
-    try:
-        with av.open(file) as container:
-            stream = container.streams.video[0]
-            if stream.frames:
-                return stream.frames
-            return sum(packet.size > 0 for packet in container.demux(stream))
-    except Exception as error:  # noqa: BLE001
-        raise ValueError(_bad_clip(name, error)) from None
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with _opened_clip(file, name) as stream:
+        frames = stream.frames or sum(packet.size > 0 for packet in stream.container.demux(stream))
+        if frames > size:  # no format keeps a frame in less than a byte
+            raise ValueError(f"its header tells of {frames} frames, which its {size} bytes cannot hold")
+        return frames
 
 
 def decode_frame(file: BinaryIO, name: str, number: int, frames: int) -> Image.Image:
     """The frame with that number (from 0) of a clip with `frames` of them, upright."""
+    with _opened_clip(file, name) as stream:
+        container = stream.container
+        stream.thread_type = "NONE"  # the loader's own threads are enough
+        if not stream.duration:
+            frame = next(itertools.islice(container.decode(stream), number, None))
+            return _upright(frame)
+        # by time, because a clip may be cut anywhere: no other way finds a frame without decoding all before it
+        begin, step = stream.start_time or 0, stream.duration / frames
+        wanted = begin + (number - 0.5) * step
+        container.seek(int(begin + number * step), stream=stream, backward=True)
+        last = None
+        for last in container.decode(stream):
+            if last.pts is not None and last.pts >= wanted:
+                break
+        if last is None:
+            raise ValueError(f"frame {number} of {frames} is missing")
+        return _upright(last)
+
+
+@contextlib.contextmanager
+def _opened_clip(file: BinaryIO, name: str) -> Iterator[Any]:
+    """The first video stream. Whatever fails while it is open is a ValueError naming the clip.
+
+    The reader goes by the name's ending: by contents FFmpeg would find lists and session descriptions, too, and follow them to
+    other files and into the network.
+    """
     av = _av()
     try:
-        with av.open(file) as container:
+        with av.open(file, format=_READERS[os.path.splitext(name)[1].lower()]) as container:
             stream = container.streams.video[0]
-            stream.thread_type = "NONE"  # the loader's own threads are enough
-            if not stream.duration:
-                frame = next(itertools.islice(container.decode(stream), number, None))
-                return _upright(frame)
-            # by time, because a clip may be cut anywhere: no other way finds a frame without decoding all before it
-            begin, step = stream.start_time or 0, stream.duration / frames
-            wanted = begin + (number - 0.5) * step
-            container.seek(int(begin + number * step), stream=stream, backward=True)
-            last = None
-            for last in container.decode(stream):
-                if last.pts is not None and last.pts >= wanted:
-                    break
-            if last is None:
-                raise ValueError(f"frame {number} of {frames} is missing")
-            return _upright(last)
-    except Exception as error:  # noqa: BLE001
+            refuse_large(stream.width, stream.height)
+            # for frames that are larger than the header says
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+            yield stream
+    except Exception as error:  # noqa: BLE001 - damaged clips fail with any exception
         raise ValueError(_bad_clip(name, error)) from None
 
 

@@ -1,6 +1,15 @@
 """The check finds what would spoil a training, says it in sentences, and is content with good data."""
 
+import itertools
 import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+import traceback
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,14 +17,19 @@ import torch
 import training_folders as made
 from PIL import Image, ImageEnhance
 
-from flexip_core.training.check import check, perceptual_hash
+from flexip_core.evaluation.metrics import read_picture
+from flexip_core.training import check as check_module
+from flexip_core.training import pictures
+from flexip_core.training.check import HASH, _alike, _Seen, check, perceptual_hash
 from flexip_core.training.data import INVARIANT
+from flexip_core.training.dataset import View
 from flexip_core.training.pictures import CutOptions
 from flexip_core.training.shards import pack
 from flexip_core.training.sheet import choose_pairs, contact_sheet_of_pairs
 from flexip_core.training.sources import make_source
 
 SIZE = 32
+ROOT = Path(__file__).parents[3]
 
 
 def checked(tmp_path, files, **arguments):
@@ -195,7 +209,150 @@ def test_clips_and_shards_are_checked_like_folders(tmp_path):
 def test_progress_is_told(tmp_path):
     steps = []
     check(made.small_set(tmp_path), SIZE, on_progress=lambda done, total: steps.append((done, total)))
-    assert steps == [(i + 1, 11) for i in range(11)]
+    assert list(dict.fromkeys(steps)) == [(i + 1, 11) for i in range(11)]
+
+
+def test_whoever_raises_at_progress_ends_the_check_wherever_it_is(tmp_path):
+    made.clip(made.small_set(tmp_path) / "variant/lamp/film.mp4", 40)
+    ended_in, ended = [], True
+    while ended:
+        calls = itertools.count()
+
+        def show(done, total):
+            if next(calls) == len(ended_in):
+                raise KeyboardInterrupt
+
+        try:
+            check(tmp_path, SIZE, on_progress=show)
+            ended = False
+        except KeyboardInterrupt as stop:
+            ended_in.append({frame.name for frame in traceback.extract_tb(stop.__traceback__)})
+    for where in ("scan", "_digests", "_captions", "_alike"):
+        assert any(where in names for names in ended_in), where
+
+
+def views_seen(n):
+    """n views that all look alike, two thirds of which are one picture."""
+    same, look = np.zeros(HASH * HASH, bool), np.ones(HASH * HASH, bool)
+    look[:10] = False
+    return [
+        _Seen(
+            None,
+            View(f"variant/mug/{i}.png"),
+            pixels=str(i * (i % 3 == 0)).encode(),
+            look=look if i % 2 else same | ~look,
+        )
+        for i in range(n)
+    ]
+
+
+def test_pairs_that_look_alike_are_counted_and_not_listed():
+    """What it counts is what looking at all pairs one by one counts, and the work does not grow with the pairs."""
+
+    def lines(n):
+        """Lines of the check that run."""
+        run = 0
+
+        def trace(frame, event, arg):
+            nonlocal run
+            run += event == "line"
+            return trace if frame.f_code.co_filename == check_module.__file__ else None
+
+        sys.settrace(trace)
+        try:
+            found = _alike("mug", entries := views_seen(n), lambda: None)
+        finally:
+            sys.settrace(None)
+        return run, found, entries
+
+    few, found, entries = lines(400)
+    many, _, _ = lines(800)
+    assert many <= 5 * few and few <= 40 * 400
+    pairs = list(itertools.combinations(entries, 2))
+    same = [(a, b) for a, b in pairs if a.pixels == b.pixels]
+    near = [(a, b) for a, b in pairs if a.pixels != b.pixels and (a.look != b.look).sum() <= 10]
+    for problem, expected in zip(found, (same, near), strict=True):
+        assert f"{len(expected)} " in problem.sentence
+        assert set(problem.names) == {entry.view.name for pair in expected for entry in pair}
+        assert len(problem.names) == len(set(problem.names)), "each view once"
+        first, second = (entry.view.name.rpartition("/")[2] for entry in expected[0])
+        assert f"{first} and {second}" in problem.sentence
+
+
+def large_png(side):
+    """A white picture of side x side pixels in a few kilobytes, made without holding it."""
+    packer, row = zlib.compressobj(9), b"\0" + b"\xff" * (side // 8)
+    data = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+CHILD = """
+import resource, sys
+from flexip_core.training.check import check
+check(sys.argv[1], 32, workers=1)  # all that is read and reserved once
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 250 * 2**20,) * 2)
+print(check(sys.argv[2], 32, workers=1).text())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is limited as Linux does")
+def test_pictures_over_64_megapixels_are_refused_by_their_header(tmp_path):
+    """In a process that may take 250 MB more than it has: decoding one takes four times that."""
+    large = large_png(8192)
+    assert len(large) < 20_000
+    made.small_set(tmp_path / "good")
+    made.put(
+        made.small_set(tmp_path / "large"),
+        {"variant/mug/a.png": large, "variant/mug/b.mask.png": large, "invariant/sea.png": large},
+    )
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "good"), str(tmp_path / "large")]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("it has 8192 x 8192 pixels, and 64 megapixels are the most that is read") == 3
+    with pytest.raises(ValueError, match="8192 x 8192"):
+        read_picture(tmp_path / "large/invariant/sea.png")
+
+
+def test_all_workers_of_the_check_share_one_budget_of_pixels(tmp_path, monkeypatch):
+    root = made.small_set(tmp_path)
+    made.clip(root / "variant/lamp/film.mp4", 40)
+    budget, held = pictures.Budget(10**6), []
+    monkeypatch.setattr(check_module, "DECODING", budget)
+    for name in ("decode_picture", "decode_frame"):
+
+        def decode(*arguments, real=getattr(pictures, name)):
+            assert budget.used, "it is decoded while its pixels are held"
+            held.append(arguments[1])
+            return real(*arguments)
+
+        monkeypatch.setattr(check_module, name, decode)
+    assert check(root, SIZE).counts["variant views"] == 9
+    assert len(held) == 15 and budget.used == 0
+
+
+def test_a_budget_lets_in_what_fits_and_a_single_picture_always():
+    budget, order = pictures.Budget(10), []
+
+    def other():
+        with budget.held(6):
+            order.append("second")
+
+    with budget.held(25):
+        assert budget.used == 10
+    with budget.held(6), budget.held(4):
+        thread = threading.Thread(target=other)
+        thread.start()
+        while not budget._change._waiters:
+            pass
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"] and budget.used == 0
 
 
 def test_a_sheet_shows_pairs_with_kind_and_caption(tmp_path):
