@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # flexip_core
 from flexip_core.encoders import layouts, towers
 from flexip_core.files import ip_adapter
 from flexip_core.files.checkpoint import is_flexip, load_checkpoint
-from flexip_core.files.weights import Header, read_header, read_tensors
+from flexip_core.files.weights import Header, read_header
 from flexip_core.network.config import ClipConfig, DinoConfig
 
 SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
@@ -111,9 +111,9 @@ def _check_adapter(path: Path, row: Row, adapter: ip_adapter.IPAdapterFile) -> N
             row.diffusers = f"not compared ({type(error).__name__})"
             return
         tensors = {
-            key.removeprefix("image_proj."): value
-            for key, value in read_tensors(path).items()
-            if key.startswith("image_proj.")
+            name.removeprefix("image_proj."): value
+            for name, value in _as_published(ip_adapter.read_published(path, adapter)).items()
+            if name.startswith("image_proj.")
         }
         try:  # a private function of diffusers: another version may have it otherwise
             convert = UNet2DConditionLoadersMixin()._convert_ip_adapter_image_proj_to_diffusers
@@ -125,6 +125,14 @@ def _check_adapter(path: Path, row: Row, adapter: ip_adapter.IPAdapterFile) -> N
     row.diffusers = f"{difference:.1e}"
     if not difference < TOLERANCE:
         raise ValueError(f"its image projection differs from diffusers' by {difference:.1e}; please report this")
+
+
+def _as_published(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With to_k and to_v of the image projection as one tensor, where the file has them apart."""
+    for name in [name for name in tensors if name.startswith("image_proj.layers.") and name.endswith(".to_k.weight")]:
+        parts = tensors.pop(name), tensors.pop(name.replace("to_k", "to_v"))
+        tensors[name.replace("to_k", "to_kv")] = torch.cat(parts)
+    return tensors
 
 
 def _check_encoder(path: Path, row: Row, header: Header, wanted: list[Encoder]) -> None:

@@ -1,6 +1,7 @@
 """Public IP-Adapter files as FlexIP adapters: recognised by keys and shapes, one or two of them behind one gate.
 
-Layouts are those of tencent-ailab/IP-Adapter (ip_adapter/ip_adapter.py and resampler.py), as h94/IP-Adapter publishes them:
+Layouts are those of tencent-ailab/IP-Adapter (ip_adapter/ip_adapter.py and resampler.py), as h94/IP-Adapter publishes them; other
+wrappings of the same tensors come under these names by `ip_adapter_layouts`:
 `image_proj.*` makes the tokens, `ip_adapter.<1, 3, 5, ...>.to_k_ip.weight` and `to_v_ip.weight` project them per
 cross-attention, counted through the input blocks, the output blocks, then the middle block.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,8 @@ import torch.nn as nn
 from ..network.adapters import ADAPTERS, BlockKV, KVProjection
 from ..network.config import ClipConfig, FeatureNeed, ResamplerConfig
 from ..network.ip_projections import FullProjection, PlainProjection, PlusProjection
+from .ip_adapter_layouts import Shapes, Unsupported, Unwrapped, check_all_used, check_not_empty, foreign, unwrap
 from .weights import one_line, read_header, read_weights
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Family:
 
 
 # Source of the layouts: diffusers, loaders/unet.py, _convert_ip_adapter_image_proj_to_diffusers; the files: h94/IP-Adapter,
-# ostris/ip-composition-adapter.
+# ostris/ip-composition-adapter; for NoobAI and Illustrious, civitai.com/models/1121145 and kataragi/Noob_ipadapter: their sizes in bytes
+# (1,405,172,056 and 1,396,798,350) are those of plain SDXL files in float32 for CLIP bigG and ViT-H.
 FAMILIES = (
     Family(
         "plain",
@@ -48,6 +49,8 @@ FAMILIES = (
             "ip-adapter_sd15_vit-G",
             "ip-adapter_sdxl",
             "ip-adapter_sdxl_vit-h",
+            "noobIPAMARK1_mark1",
+            "ip_adapter_Noobtest_800000",
         ),
         "proj.weight",
         "embedding",
@@ -119,13 +122,11 @@ class IPAdapterFile:
     blocks: dict[str, int]
     clip: ClipConfig
     width: int  # of the CLIP feature it reads
+    layout: Unwrapped = Unwrapped({}, "")
 
     def describe(self) -> str:
-        return f"IP-Adapter {self.family.name} for {self.base}"
-
-
-class Unsupported(ValueError):
-    """A file that is whole, but for something that FlexIP does not run."""
+        what = f"IP-Adapter {self.family.name} for {self.base}"
+        return f"{what}, read from {self.layout.wrapping}" if self.layout.wrapping else what
 
 
 def recognise(shapes: Shapes) -> IPAdapterFile | None:
@@ -141,60 +142,48 @@ def recognise(shapes: Shapes) -> IPAdapterFile | None:
 
 
 def _recognise(shapes: Shapes) -> IPAdapterFile | None:
-    if foreign := _foreign(shapes):
-        raise Unsupported(foreign)
-    family = next((family for family in FAMILIES if f"image_proj.{family.sign}" in shapes), None)
-    pairs = _projections(shapes)
+    unwrapped = unwrap(shapes)
+    if words := foreign(shapes, unwrapped):
+        raise Unsupported(words)
+    named = {name: shapes[key] for name, key in unwrapped.names.items()}
+    family = next((family for family in FAMILIES if f"image_proj.{family.sign}" in named), None)
+    pairs = _projections(named)
     if not pairs:
+        if family is not None:
+            check_not_empty(unwrapped, shapes)
         return None
     if family is None:
         raise Unsupported(
             "is an IP-Adapter whose image projection FlexIP does not know; FlexIP runs plain, plus and full face ones"
         )
-    widths = [shapes[k][0] for k, _ in pairs]
-    text_width = shapes[pairs[0][0]][1]
+    check_all_used(unwrapped, [name for pair in pairs for name in pair])
+    widths = [named[k][0] for k, _ in pairs]
+    text_width = named[pairs[0][0]][1]
     for base, (base_text, blocks) in BASES.items():
         if widths == list(blocks.values()) and text_width == base_text:
-            width = _feature_width(family, shapes)
-            _check_sizes(shapes)
-            return IPAdapterFile(family, base, text_width, blocks, _tower(family, width), width)
+            width = _feature_width(family, named)
+            _check_sizes(named)
+            return IPAdapterFile(family, base, text_width, blocks, _tower(family, width), width, unwrapped)
     raise Unsupported(
         f"is an IP-Adapter ({family.name}) with {len(pairs)} cross-attentions and text {text_width} wide; FlexIP runs those for "
         "SD1.5 (16, 768) and SDXL (70, 2048)"
     )
 
 
-def _foreign(shapes: Shapes) -> str | None:
-    """What a file is that looks like an IP-Adapter but needs another pack. The face embedding of insightface is 512 wide."""
-    if shapes.get("image_proj.proj_in.weight", (0, 0))[1] == 512:
-        return "is an InstantID adapter: it reads a face recognition embedding; ComfyUI_InstantID runs it"
-    if (
-        any("_lora." in key for key in shapes if key.startswith("ip_adapter."))
-        or "image_proj.perceiver_resampler.proj_in.weight" in shapes
-        or shapes.get("image_proj.proj.0.weight", (0, 0))[1] == 512
-    ):
-        return "is a FaceID adapter: it reads a face recognition embedding, which only packs with insightface make; ComfyUI_IPAdapter_plus runs it"
-    if shapes.get("image_proj.latents", (0, 0, 0))[2] == 2048:
-        return "is an IP-Adapter for Kolors; ComfyUI_IPAdapter_plus runs it"
-    if any("double_blocks." in key or key.startswith("ip_adapter_proj_model.") for key in shapes) or any(
-        key.endswith("to_k_ip.weight") and shape[0] == 3072 for key, shape in shapes.items()
-    ):
-        return "is an IP-Adapter for Flux; x-flux-comfyui (XLabs) or ComfyUI-IPAdapter-Flux (InstantX) runs it"
-    return None
-
-
-def _projections(shapes: Shapes) -> list[tuple[str, str]]:
-    """Keys of to_k and to_v in the order of their numbers."""
-    numbers = sorted(
-        int(match[1]) for key in shapes if (match := re.fullmatch(r"ip_adapter\.([0-9]{1,4})\.to_k_ip\.weight", key))
-    )
-    return [(f"ip_adapter.{n}.to_k_ip.weight", f"ip_adapter.{n}.to_v_ip.weight") for n in numbers]
+def _projections(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Published names of to_k and to_v in the order of their numbers."""
+    numbers = {
+        int(match[1])
+        for name in names
+        if (match := re.fullmatch(r"ip_adapter\.([0-9]{1,4})\.to_[kv]_ip\.weight", name))
+    }
+    return [(f"ip_adapter.{n}.to_k_ip.weight", f"ip_adapter.{n}.to_v_ip.weight") for n in sorted(numbers)]
 
 
 def _check_sizes(shapes: Shapes) -> None:
     """Views let a small pickle show tensors of any size, and a network would be built for them."""
     for key, shape in shapes.items():
-        if key.startswith(PREFIXES) and not all(0 < side <= LARGEST for side in shape):
+        if not all(0 < side <= LARGEST for side in shape):
             raise ValueError(
                 f"looks like an IP-Adapter, but its tensor {one_line(key, 80)} has the shape {list(shape)[:8]}, expected numbers "
                 f"from 1 to {LARGEST}; download it again"
@@ -228,13 +217,12 @@ _PLUS_NAMES = (
     (r"^norm_out\.", "resampler.norm_out."),
     (r"^layers\.(\d+)\.0\.norm1\.", r"resampler.layers.\1.norm_context."),
     (r"^layers\.(\d+)\.0\.norm2\.", r"resampler.layers.\1.norm_latents."),
-    (r"^layers\.(\d+)\.0\.(to_q|to_kv|to_out)\.", r"resampler.layers.\1.\2."),
+    (r"^layers\.(\d+)\.0\.(to_q|to_k|to_v|to_kv|to_out)\.", r"resampler.layers.\1.\2."),
     (r"^layers\.(\d+)\.1\.0\.", r"resampler.layers.\1.norm_ff."),
     (r"^layers\.(\d+)\.1\.1\.", r"resampler.layers.\1.ff_in."),
     (r"^layers\.(\d+)\.1\.3\.", r"resampler.layers.\1.ff_out."),
 )
 _FULL_NAMES = ((r"^proj\.0\.", "proj_in."), (r"^proj\.2\.", "proj_out."), (r"^proj\.3\.", "norm."))
-PREFIXES = ("image_proj.", "ip_adapter.")  # of all tensors that are read; trainers leave others in their files
 LARGEST = 65536  # of all dimensions; the public files stay below 11,000
 DIM_HEAD = 64  # of the plus family's resampler, in all public files; not visible in the shapes
 
@@ -245,6 +233,7 @@ class SingleAdapter(nn.Module):
     def __init__(
         self, file: IPAdapterFile, tensors: Mapping[str, torch.Tensor], operations: Any = nn, name: str = "a file"
     ):
+        """`tensors` under the published names."""
         super().__init__()
         self.file, self.name = file, name
         proj = {
@@ -257,8 +246,7 @@ class SingleAdapter(nn.Module):
             plain = _image_projection(file, proj, nn)
             plain_kv = [KVProjection(file.text_width, width) for width in file.blocks.values()]
         _fill(self.image_proj, plain, _renamed(file.family, proj))
-        keys = _projections({key: tuple(value.shape) for key, value in tensors.items()})
-        for kv, plain_one, (to_k, to_v) in zip(self.kv, plain_kv, keys):
+        for kv, plain_one, (to_k, to_v) in zip(self.kv, plain_kv, _projections(tensors)):
             _fill(kv, plain_one, {"to_k.weight": tensors[to_k], "to_v.weight": tensors[to_v]})
 
 
@@ -336,7 +324,7 @@ def _load_single(path: str | os.PathLike, operations: Any) -> SingleAdapter:
             f"{name} is neither a FlexIP checkpoint nor an IP-Adapter ({len(header.shapes)} tensors, {keys} ...). "
             "Choose a file that is one of them."
         )
-    tensors = read_weights(path, [key for key in header.shapes if key.startswith(PREFIXES)])
+    tensors = read_published(path, file)
     try:
         return SingleAdapter(file, tensors, operations, name)
     except KeyError as error:
@@ -348,6 +336,12 @@ def _load_single(path: str | os.PathLike, operations: Any) -> SingleAdapter:
         raise ValueError(
             f"{name} looks like an {file.describe()}, but its tensors do not fit together ({reason}). Download it again."
         ) from None
+
+
+def read_published(path: str | os.PathLike, file: IPAdapterFile) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the published names."""
+    tensors = read_weights(path, file.layout.names.values())
+    return {name: tensors[key] for name, key in file.layout.names.items()}
 
 
 class IPAdapterPair(nn.Module):

@@ -41,7 +41,11 @@ def rows_of(folder: Path) -> dict[str, check_weights.Row]:
 def test_every_kind_of_file_gets_its_line(tmp_path, sd15_tensors, capsys):
     (tmp_path / "deep").mkdir()
     save_file(sd15_tensors["plus"], tmp_path / "a.safetensors")
-    torch.save(public.nested(sd15_tensors["plain"]), tmp_path / "deep" / "b.bin")
+    training = {"image_proj.": "image_proj_model.", "ip_adapter.": "adapter_modules."}
+    torch.save(
+        {training[key.partition(".")[0] + "."] + key.partition(".")[2]: t for key, t in sd15_tensors["plain"].items()},
+        tmp_path / "deep" / "b.bin",
+    )
     mini.make_mini_flexip(tmp_path / "native.safetensors")
     mini.make_mini_encoders(tmp_path / "deep")
     save_file({"lora_up.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
@@ -61,7 +65,10 @@ def test_every_kind_of_file_gets_its_line(tmp_path, sd15_tensors, capsys):
         "face.safetensors",
     }
     assert (rows["a.safetensors"].what, rows["a.safetensors"].loads) == ("IP-Adapter plus for SD1.5", "yes")
-    assert (rows["b.bin"].what, rows["b.bin"].loads) == ("IP-Adapter plain for SD1.5", "yes")
+    assert (rows["b.bin"].what, rows["b.bin"].loads) == (
+        "IP-Adapter plain for SD1.5, read from a training checkpoint",
+        "yes",
+    )
     for name in ("a.safetensors", "b.bin"):
         assert rows[name].wants.startswith("CLIP ViT-H/14") and float(rows[name].diffusers) < 1e-5
     assert (

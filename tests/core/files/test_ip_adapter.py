@@ -32,6 +32,9 @@ FILES = {
     "ip_plus_composition_sd15": ("SD1.5", "plus", H, 1280, PLUS_SD15),
     "ip-adapter_sdxl": ("SDXL", "plain", BIG_G, 1280, (public.plain, 1280, 2048)),
     "ip-adapter_sdxl_vit-h": ("SDXL", "plain", H, 1024, (public.plain, 1024, 2048)),
+    # sizes in bytes: 1,405,172,056 is twice that of ip-adapter_sdxl (702,585,376), 1,396,798,350 twice that of _vit-h (698,391,064)
+    "noobIPAMARK1_mark1": ("SDXL", "plain", BIG_G, 1280, (public.plain, 1280, 2048)),
+    "ip_adapter_Noobtest_800000": ("SDXL", "plain", H, 1024, (public.plain, 1024, 2048)),
     "ip-adapter-plus_sdxl_vit-h": ("SDXL", "plus", H, 1280, PLUS_SDXL),
     "ip-adapter-plus-face_sdxl_vit-h": ("SDXL", "plus", H, 1280, PLUS_SDXL),
     "ip_plus_composition_sdxl": ("SDXL", "plus", H, 1280, PLUS_SDXL),
@@ -197,10 +200,11 @@ def test_files_for_other_packs_are_refused_with_what_they_are_and_who_runs_them(
         {},
         {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
         {"lora_unet_x.lora_up.weight": (4, 8)},
-        {"image_proj.proj.weight": (3072, 1024)},
+        {"image_proj_model.latents": (1, 16, 1024), "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
+        {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight": (4, 320)},
         {"latents": (1, 16, 768), "proj_in.weight": (768, 1280)},
     ],
-    ids=["empty", "checkpoint", "lora", "projection only", "bare resampler"],
+    ids=["empty", "checkpoint", "lora", "another model's projection", "diffusers lora", "bare resampler"],
 )
 def test_what_is_no_ip_adapter_is_none(shapes):
     assert recognise(shapes) is None
@@ -398,11 +402,14 @@ def test_readme_lists_the_files_that_the_recogniser_knows():
         (REPO / "README.md").read_text(encoding="utf-8").split("### Which files do I need", 1)[1].split("\n#", 1)[0]
     )
     rows = [line for line in section.splitlines() if line.startswith("| `ip")]
-    named = [name for row in rows for name in re.findall(r"`(ip[-_][\w.-]+)`", row.split("|")[1])]
+    named = [name for row in rows for name in re.findall(r"`((?:ip|noob)[\w.-]+)`", row.split("|")[1])]
     assert sorted(named) == sorted(name for family in FAMILIES for name in family.files)
     for row in rows:
         families = {
-            family.name for family in FAMILIES for name in re.findall(r"`(ip[-_][\w.-]+)`", row) if name in family.files
+            family.name
+            for family in FAMILIES
+            for name in re.findall(r"`((?:ip|noob)[\w.-]+)`", row)
+            if name in family.files
         }
         assert len(families) == 1 and next(iter(families)) in row, f"one family per row, named: {row}"
         assert "models/ipadapter" in row
