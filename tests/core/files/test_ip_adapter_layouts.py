@@ -92,7 +92,7 @@ WRAPPINGS = {
     [(case, "plain") for case in WRAPPINGS]
     + [(case, family) for case in ("training", "diffusers") for family in ("plus", "full face")],
 )
-def test_every_wrapping_loads_with_the_values_of_the_published_file(tmp_path, small_world, case, family):  # noqa: F811
+def test_every_wrapping_loads_with_the_values_of_the_published_file(tmp_path, small_world, case, family):
     change, words = WRAPPINGS[case]
     tensors = small_tensors(family)
     expected = load_pair(write(tmp_path / "published.safetensors", tensors), None)
@@ -124,27 +124,27 @@ UNUSED = {
 
 
 @pytest.mark.parametrize("case", UNUSED)
-def test_a_tensor_of_the_attention_part_that_is_not_used_is_refused_by_name(small_world, case):  # noqa: F811
+def test_a_tensor_of_the_attention_part_that_is_not_used_is_refused_by_name(small_world, case):
     key, shape = UNUSED[case]
     with pytest.raises(ValueError) as error:
         recognise(shapes(small_tensors("plain")) | {key: shape})
     assert f"has the tensor {key} in its attention part, which FlexIP does not use" in str(error.value)
 
 
-def test_several_of_them_are_counted(small_world):  # noqa: F811
+def test_several_of_them_are_counted(small_world):
     found = shapes(small_tensors("plain"))
     found |= {key.replace(".weight", ".bias"): shape[:1] for key, shape in found.items() if "_ip." in key}
     with pytest.raises(ValueError, match=r"ip_adapter\.1\.to_k_ip\.bias and 31 more"):
         recognise(found)
 
 
-def test_two_adapters_in_one_file_are_refused(small_world):  # noqa: F811
+def test_two_adapters_in_one_file_are_refused(small_world):
     tensors = small_tensors("plain")
     with pytest.raises(ValueError, match=r"more than one IP-Adapter \(model\.image_proj\..* and ema\.image_proj\."):
         recognise(shapes(before("model.")(tensors) | before("ema.")(tensors)))
 
 
-def test_an_empty_attention_part_says_so(tmp_path, small_world):  # noqa: F811
+def test_an_empty_attention_part_says_so(tmp_path, small_world):
     path = tmp_path / "half.bin"
     torch.save({"image_proj": public.nested(small_tensors("plain"))["image_proj"], "ip_adapter": {}}, path)
     with pytest.raises(ValueError, match=r"half\.bin has the image projection .* ip_adapter part is empty"):
