@@ -1,4 +1,4 @@
-"""python -m flexip_core.training run config.toml [--resume] [--export adapters.safetensors]
+"""python -m flexip_core.training run config.toml [--resume] [--export adapters.safetensors] [--allow-code]
 torchrun --nproc-per-node 4 -m flexip_core.training run config.toml    (or accelerate launch; 4 GPUs)
 python -m flexip_core.training export run_folder adapters.safetensors [--last]
 python -m flexip_core.training memory [config.toml] --base SD1.5 --size 512 [--ranks 4]  what one GPU has to hold
@@ -27,6 +27,7 @@ from .importers import KINDS, WAYS, import_data
 from .loop import BEST, FINAL, Trainer
 from .ranks import TrainingError, joined
 
+OURS = "flexip_core"
 USUAL = TrainConfig(steps=1, batch=4, seed=0, folder="", precision="bf16", recompute=True)
 """What Train FlexIP begins with, for `memory` without a config."""
 
@@ -59,6 +60,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on from the newest state in the run's folder, if there is one"
     )
     one.add_argument("--export", type=Path, metavar="FILE", help="where the best adapters go when it is done")
+    one.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="let the config's [task] make name a function outside flexip_core; it runs with all that you may do, so read it before",
+    )
 
     one = command(export_, "write the adapters of a run's newest state as a file for ComfyUI", "folder", "file")
     one.add_argument("--last", action="store_true", help="the last weights instead of the averaged ones")
@@ -113,7 +119,7 @@ def run(options: argparse.Namespace) -> None:
         cfg = dataclasses.replace(cfg, device=ranks.device(cfg.device))
         with locked(folder, ranks):
             with ranks.together():
-                trainer = Trainer(cfg, *make_task(cfg), ranks=ranks)
+                trainer = Trainer(cfg, *make_task(cfg, options.allow_code), ranks=ranks)
             try:
                 done = trainer.run(resume=options.resume, should_stop=(folder / STOP).exists)
             finally:
@@ -185,12 +191,20 @@ def unpack(options: argparse.Namespace) -> None:
     logging.info("%d files are in %s.", unpack(options.shards, options.data), options.data)
 
 
-def make_task(cfg: TrainConfig) -> Task:
-    """What the config's `[task]` names: a function in an importable module. It gets the config as `run` if it wants it."""
+def make_task(cfg: TrainConfig, allow_code: bool = False) -> Task:
+    """What the config's `[task]` names: a function in an importable module. It gets the config as `run` if it wants it.
+
+    A config is data: unless `allow_code` says so, only the functions `make` of flexip_core are called, and nothing else is imported.
+    """
     options = dict(cfg.task)
     module, _, function = str(options.pop("make", "")).partition(":")
     if not module or not function:
         raise ValueError('the config lacks [task] make = "module:function", which gives base, data and probe; add it.')
+    if not allow_code and not (module.startswith(f"{OURS}.") and function == "make"):
+        raise ValueError(
+            f"[task] make = {cfg.task['make']!r} is code outside {OURS}, which would run with all that you may do. If you know "
+            "it and trust it, add --allow-code; a config from somebody else does not need it."
+        )
     try:
         make = getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.parse import parse_json, read_json
 from ..files.weights import write_atomically
 from .checkpointing import changed, states
 from .config import TrainConfig
@@ -25,6 +26,8 @@ from .ranks import Ranks, TrainingError
 
 CONFIG, LOCK, STOP, OUTPUT, PREVIEWS = "config.json", "run.lock", "stop", "output.log", "previews"
 PROCESS = "process.json"
+LONGEST_LINE = 2**20  # bytes, of the log
+LAST_WORDS = 2**16  # bytes of output.log that are looked at
 PATIENCE = 2.0  # seconds: somebody who only looks holds the lock for a moment
 STOPPED = "Stopped after step"  # what the loop says
 PACK = Path(__file__).resolve().parents[2]
@@ -80,10 +83,10 @@ def _is_alive(folder: Path) -> bool:
     import psutil  # ComfyUI brings it
 
     try:
-        data = json.loads((folder / PROCESS).read_text(encoding="utf-8"))
+        data = read_json(folder / PROCESS)
         process = psutil.Process(data["pid"])
         return process.create_time() == data["created"] and process.status() != psutil.STATUS_ZOMBIE
-    except (OSError, ValueError, KeyError, psutil.Error):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, psutil.Error):
         return False
 
 
@@ -102,8 +105,10 @@ def refuse(cfg: TrainConfig) -> None:
         )
 
 
-def start(cfg: TrainConfig, export: Path | None = None) -> None:
+def start(cfg: TrainConfig, export: Path | None = None, allow_code: bool = False) -> None:
     """Starts or resumes the run of `cfg.folder`; `export`: where the adapters go when it is done. Returns at once.
+
+    `allow_code`: whether the task may be a function outside flexip_core.
 
     ValueError where `refuse` says so.
     """
@@ -115,6 +120,8 @@ def start(cfg: TrainConfig, export: Path | None = None) -> None:
     command = [sys.executable, "-m", "flexip_core.training", "run", str(folder / CONFIG), "--resume"]
     if export is not None:
         command += ["--export", str(export)]
+    if allow_code:
+        command.append("--allow-code")
     paths = [str(PACK), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     own = (
@@ -149,7 +156,7 @@ def read_config_of(folder: Path) -> TrainConfig | None:
     if not path.is_file():
         return None
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return TrainConfig.from_dict(read_json(path))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); give the run another name.") from None
 
@@ -230,15 +237,47 @@ def _state(writing: bool, alive: bool, finished: bool, said: list[str]) -> tuple
 
 
 def _log_lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines only: the run may be writing one."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """Whole lines only: the run may be writing one. ValueError for one that no run has written."""
+    found = []
+    if path.is_file():
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+                if len(line) < LONGEST_LINE and not line.endswith(b"\n"):
+                    break
+                try:
+                    found.append(_checked(parse_json(line)))
+                except ValueError as error:
+                    raise ValueError(
+                        f"line {number} of {path} is damaged ({error}); give the run another name."
+                    ) from None
+    return found
+
+
+def _checked(line: Any) -> dict[str, Any]:
+    """A line of the log; ValueError unless everything in it that is shown is of its type."""
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        raise ValueError("it tells of no step")
+    numbers = []
+    if "loss" in line:
+        kinds = line.get("loss_by_kind")
+        numbers += [line["loss"], line.get("seconds")]
+        numbers += [number for number in kinds.values() if number is not None] if isinstance(kinds, dict) else [None]
+    if "probe" in line:
+        numbers += line["probe"].values() if isinstance(line["probe"], dict) else [None]
+        if type(line.get("best")) is not bool:
+            raise ValueError("its probe is none")
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError("it has something else where numbers are")
+    return line
 
 
 def _output_lines(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    """The last ones."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_WORDS))
+        text = file.read().decode(errors="replace")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -20,6 +20,7 @@ import torch.nn as nn
 from safetensors.torch import save
 
 from ..files.checkpoint import save_checkpoint
+from ..files.parse import parse_json
 from ..files.weights import name_of, read_header, read_tensors, write_atomically
 from ..network.adapters import FlexIPNetwork
 from ..network.config import FlexIPConfig
@@ -110,7 +111,7 @@ def _about(path: str | os.PathLike) -> dict[str, Any]:
     if text is None:
         raise ValueError(f"{name_of(path)} is not the state of a training run; choose a state_*.safetensors.")
     try:
-        about = json.loads(text)
+        about = parse_json(text)
     except ValueError:
         about = None
     if not isinstance(about, dict):

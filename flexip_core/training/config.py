@@ -6,15 +6,14 @@ Ranges are written as one number or as [low, high]. Everything but `steps`, `bat
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import sys
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files.parse import parse_json, parse_toml
 from ..network.adapters import ADAPTERS
 from ..network.config import GATE_MODES, ResamplerConfig
 
@@ -188,18 +187,6 @@ class TrainConfig:
         return _build(cls, data, "")
 
 
-def parse_toml(text: str, name: str) -> dict[str, Any]:
-    """`name` begins the sentence about text that is no TOML."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{name} is not a TOML file: {error}.") from None
-
-
 def read_config(path: str | Path) -> TrainConfig:
     """A TOML file, or a .json with the same contents, as programs write it."""
     path = Path(path)
@@ -209,10 +196,13 @@ def read_config(path: str | Path) -> TrainConfig:
         raise ValueError(f"{path} does not exist; check the name of the training config.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not a text file: {error}.") from None
-    try:
-        data = json.loads(text) if path.suffix == ".json" else parse_toml(text, path.name)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name} is not a JSON file: {error}.") from None
+    if path.suffix == ".json":
+        try:
+            data = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"{path.name} is not a JSON file: {error}.") from None
+    else:
+        data = parse_toml(text, path.name)
     try:
         return TrainConfig.from_dict(data)
     except ValueError as error:
@@ -221,7 +211,7 @@ def read_config(path: str | Path) -> TrainConfig:
 
 def _build(cls: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise ValueError(f"{where} must be a table, got {data!r}.")
+        raise ValueError(f"{where or 'a config'} must be a table, got {data!r}.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     prefix = f"{where}." if where else ""
     if unknown := sorted(set(data) - set(fields)):

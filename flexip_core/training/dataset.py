@@ -15,17 +15,18 @@ from __future__ import annotations
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from ..files.parse import parse_toml
 from .data import KINDS
 from .pictures import CLIPS, PICTURES, clip_length
 from .shard_store import ShardStore
 from .stores import CLASS, MASK, SETTINGS, FolderStore, Store
 
 PARTS = ("train", "val")
+LONGEST_TEXT = 2**20  # bytes of a caption, a class or dataset.toml
 MOST_VIEWS = 4096  # of one clip, whatever dataset.toml wishes
 _REPEATS = re.compile(r"([1-9]\d{0,3})_.+")
 
@@ -85,8 +86,7 @@ class DataSet:
         return f"a photo of {'an' if name[:1].lower() in 'aeiou' else 'a'} {name}" if name else ""
 
     def _text(self, name: str) -> str:
-        with self.store.open(name) as file:
-            data = file.read()
+        data = _head(self.store, name)
         try:
             return " ".join(data.decode("utf-8-sig").split())
         except UnicodeDecodeError:
@@ -96,6 +96,15 @@ class DataSet:
         for group in (*self.subjects, *self.loose):
             for view in group.views:
                 yield group, view
+
+
+def _head(store: Store, name: str) -> bytes:
+    """All of a text. ValueError for one that is longer than anything that anybody writes there."""
+    with store.open(name) as file:
+        data = file.read(LONGEST_TEXT + 1)
+    if len(data) > LONGEST_TEXT:
+        raise ValueError(f"Training data: {name} is longer than {LONGEST_TEXT} bytes; shorten it.")
+    return data
 
 
 def open_store(data: str | os.PathLike) -> Store:
@@ -203,16 +212,11 @@ def read_settings(store: Store, folders: Iterable[str]) -> DataConfig:
     """dataset.toml, strictly; without one, the defaults."""
     if SETTINGS not in store.names():
         return DataConfig({})
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    with store.open(SETTINGS) as file:
-        raw = file.read()
     try:
-        data = tomllib.loads(raw.decode("utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = _head(store, SETTINGS).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{SETTINGS} is not a TOML file: {error}.") from None
+    data = parse_toml(text, SETTINGS)
     known = [f.name for f in fields(DataConfig)]
     if unknown := sorted(set(data) - set(known)):
         raise ValueError(f"{SETTINGS}: unknown setting {unknown[0]}; it has {', '.join(known)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from flexip_core.training.__main__ import main
 from flexip_core.training.ranks import TrainingError
 
 TASK = {"make": "training_fakes:task"}
+start = functools.partial(background.start, allow_code=True)  # of the tests
 
 
 def config(folder, **changes):
@@ -53,13 +55,13 @@ def ended(folder):
 def test_a_run_is_stopped_and_gone_on_with_to_the_same_weights(tmp_path):
     """One process is stopped by request, the next goes on; the adapters equal those of a run that nobody stopped."""
     whole = config(tmp_path / "whole", steps=40)
-    background.start(whole, tmp_path / "models" / "whole.safetensors")
+    start(whole, tmp_path / "models" / "whole.safetensors")
     cfg = config(tmp_path / "stopped", steps=40)
-    background.start(cfg, tmp_path / "models" / "stopped.safetensors")
+    start(cfg, tmp_path / "models" / "stopped.safetensors")
     folder = tmp_path / "stopped"
     assert background.status(folder).state in ("starting", "running")
     with pytest.raises(ValueError, match="trained already"):
-        background.start(cfg)
+        start(cfg)
     with pytest.raises(TrainingError, match="Another process is training"), background.locked(wait_for_lock(folder)):
         pass
     wait_for(lambda: background.status(folder).step >= 2)
@@ -67,7 +69,7 @@ def test_a_run_is_stopped_and_gone_on_with_to_the_same_weights(tmp_path):
     stopped = ended(folder)
     assert stopped.state == "stopped" and 2 <= stopped.step < 40 and "go on" in stopped.text()
     assert not (tmp_path / "models" / "stopped.safetensors").exists()
-    background.start(cfg, tmp_path / "models" / "stopped.safetensors")
+    start(cfg, tmp_path / "models" / "stopped.safetensors")
     done = ended(folder)
     assert done.state == "finished" and done.step == 40 and [line["step"] for line in done.losses] == list(range(1, 41))
     assert ended(tmp_path / "whole").state == "finished"
@@ -82,7 +84,7 @@ def wait_for_lock(folder):
 
 def test_the_process_outlives_signals_to_its_starter_and_its_end_is_told(tmp_path):
     """It is in a session of its own; killed, the next start goes on, and the lock is free."""
-    background.start(config(tmp_path / "run", steps=100_000))
+    start(config(tmp_path / "run", steps=100_000))
     folder = tmp_path / "run"
     pid = json.loads((folder / background.PROCESS).read_text())["pid"]
     assert os.getsid(pid) != os.getsid(0)
@@ -95,7 +97,7 @@ def test_the_process_outlives_signals_to_its_starter_and_its_end_is_told(tmp_pat
 
 
 def test_an_error_of_the_run_is_shown_as_it_was_said(tmp_path):
-    background.start(config(tmp_path / "run", task={"make": "training_fakes:nothing"}))
+    start(config(tmp_path / "run", task={"make": "training_fakes:nothing"}))
     found = ended(tmp_path / "run")
     assert found.state == "failed" and "does not name a function" in found.why and found.why in found.text()
 
@@ -110,7 +112,7 @@ def test_other_settings_are_refused_and_more_steps_are_not(tmp_path):
     (tmp_path / "run" / background.CONFIG).write_text(json.dumps(cfg.to_dict()))
     (tmp_path / "run" / "state_00000001.safetensors").touch()
     with pytest.raises(ValueError, match="begun with other settings .*lr"):
-        background.start(other)
+        start(other)
 
 
 FILES = ("checkpoint", "clip_vision", "dino", "data")
@@ -155,10 +157,10 @@ def test_another_file_of_the_same_name_is_another_encoder(tmp_path):
 def test_a_run_that_fails_before_it_begins_leaves_no_folder(tmp_path, caplog):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config(tmp_path / "runs" / "mine", task={"make": "nowhere:task"}).to_dict()))
-    assert main(["run", str(path)]) == 1 and "does not name a function" in caplog.text
+    assert main(["run", str(path), "--allow-code"]) == 1 and "does not name a function" in caplog.text
     assert list(tmp_path.iterdir()) == [path]
     (tmp_path / "runs" / "other").mkdir(parents=True)
-    assert main(["run", str(path)]) == 1
+    assert main(["run", str(path), "--allow-code"]) == 1
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"], "what was there before stays"
 
 
@@ -173,14 +175,60 @@ def test_nothing_to_look_at_or_to_stop_is_a_sentence(tmp_path):
         background.status(tmp_path / "x")
     with pytest.raises(ValueError, match="nothing to stop"):
         background.ask_to_stop(tmp_path / "x")
-    (tmp_path / background.CONFIG).write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+HUGE = f'{{"step": {"9" * 4000}}}'
+LOG_LINE = {"step": 1, "loss": 0.5, "seconds": 1.0, "loss_by_kind": {"variant": 0.5, "invariant": None}}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "1", "null", DEEP, HUGE, '{"steps": {}}', "\ud800"])
+def test_a_damaged_config_is_a_sentence(tmp_path, text):
+    (tmp_path / background.CONFIG).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match="config.json is damaged"):
         background.status(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{}", "[1]", "1", "null", DEEP, HUGE, "{", '{"step": "1"}', '{"step": true}', '{"step": 1, "loss": "low"}'),
+        json.dumps(LOG_LINE | {"loss_by_kind": [1]}),
+        json.dumps(LOG_LINE | {"loss_by_kind": {"variant": "x"}}),
+        json.dumps(LOG_LINE | {"seconds": None}),
+        '{"step": 1, "probe": [1]}',
+        '{"step": 1, "probe": {"score": "high"}, "best": true}',
+        '{"step": 1, "probe": {"score": 1.0}}',
+    ],
+)
+def test_a_damaged_log_is_a_sentence(tmp_path, line):
+    (tmp_path / background.CONFIG).write_text(json.dumps(config(tmp_path).to_dict()))
+    (tmp_path / "log.jsonl").write_text(json.dumps(LOG_LINE) + "\n")
+    assert background.status(tmp_path).step == 1
+    (tmp_path / "log.jsonl").write_text(json.dumps(LOG_LINE) + f"\n{line}\n")
+    with pytest.raises(ValueError, match="line 2 of .*log.jsonl is damaged"):
+        background.status(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "1", "null", DEEP, '{"pid": "1", "created": 0}', '{"pid": -1, "created": 0}', '{"pid": 1e400}']
+)
+def test_a_damaged_note_of_the_process_is_no_process(tmp_path, text):
+    (tmp_path / background.PROCESS).write_text(text)
+    assert not background.is_running(tmp_path)
+
+
+def test_of_what_the_process_said_only_the_end_is_read(tmp_path):
+    (tmp_path / background.CONFIG).write_text(json.dumps(config(tmp_path).to_dict()))
+    with (tmp_path / background.OUTPUT).open("wb") as file:
+        file.seek(2**33)
+        file.write(b"\nIt failed.\n")
+    assert background.status(tmp_path).why == "It failed."
 
 
 def test_a_settings_file_of_a_program_is_read_as_toml_is(tmp_path, caplog):
     (tmp_path / "config.json").write_text("{")
     assert main(["run", str(tmp_path / "config.json")]) == 1 and "not a JSON file" in caplog.text
     (tmp_path / "task.json").write_text(json.dumps(config(tmp_path / "r", task={**TASK, "colour": 1}).to_dict()))
-    assert main(["run", str(tmp_path / "task.json")]) == 1
+    assert main(["run", str(tmp_path / "task.json"), "--allow-code"]) == 1
     assert "[task] does not fit training_fakes:task" in caplog.text and "colour" in caplog.text

@@ -216,9 +216,8 @@ def test_whoever_raises_at_progress_ends_the_check_wherever_it_is(tmp_path):
     made.clip(made.small_set(tmp_path) / "variant/lamp/film.mp4", 40)
     ended_in, ended = [], True
     while ended:
-        calls = itertools.count()
 
-        def show(done, total):
+        def show(done, total, calls=itertools.count()):
             if next(calls) == len(ended_in):
                 raise KeyboardInterrupt
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import training_fakes as fakes
 
+from flexip_core.training.__main__ import main
 from flexip_core.training.config import DropoutConfig, GateConfig, TrainConfig, read_config
 
 SMALLEST = """
@@ -129,3 +131,59 @@ def test_an_adapter_that_no_row_weighs_is_refused(changes, adapter):
 def test_one_adapter_alone_may_have_the_whole_weight():
     cfg = fakes.config("run", gates=GateConfig((1, 1), (1, 1)), train_adapters=("preservation",))
     assert dataclasses.replace(cfg, mix=1.0).train_adapters == ("preservation",)
+
+
+FOREIGN = """
+from pathlib import Path
+Path(__file__).with_name("imported").touch()
+def make(**options):
+    raise SystemExit("called")
+"""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(
+            "stranger:make",
+            "stranger.inner:make",
+            "torch.hub:load",
+            "subprocess:run",
+            "os:system",
+            "flexip_core_x:make",
+        ),
+        *(
+            "flexip_core.training.importers:import_data",
+            "flexip_core.training.background:subprocess",
+            "flexip_core:make",
+        ),
+    ],
+)
+def test_a_config_is_no_code_unless_the_command_allows_it(tmp_path, monkeypatch, caplog, make):
+    package = tmp_path / "stranger"
+    package.mkdir()
+    for name in ("__init__.py", "inner.py"):
+        (package / name).write_text(FOREIGN)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = (tmp_path / "run").as_posix()
+    path = tmp_path / "config.toml"
+    path.write_text(
+        f'steps = 1\nbatch = 1\nseed = 0\nfolder = "{folder}"\n[task]\nmake = "{make}"\nrepo_or_dir = "."\n'
+    )
+    assert main(["run", str(path)]) == 1
+    assert f"make = {make!r} is code outside flexip_core" in caplog.text and "add --allow-code" in caplog.text
+    assert not list(package.glob("imported")) and not {"stranger", "stranger.inner"} & set(sys.modules)
+    if make == "stranger:make":
+        with pytest.raises(SystemExit, match="called"):
+            main(["run", str(path), "--allow-code"])
+        del sys.modules["stranger"]
+
+
+@pytest.mark.parametrize("value", ["[" * 3000, "[" * 3000 + "]" * 3000, "9" * 5000, "9" * 30, "-" + "9" * 30])
+@pytest.mark.parametrize("name", ["config.toml", "config.json"])
+def test_a_config_of_brackets_or_endless_numbers_is_a_sentence(tmp_path, name, value):
+    path = tmp_path / name
+    path.write_text(f"steps = {value}" if name.endswith("toml") else f'{{"steps": {value}}}')
+    with pytest.raises(ValueError, match=f"^{name} is not a .* file: .*") as told:
+        read_config(path)
+    assert len(str(told.value)) < 200 and "\n" not in str(told.value)

@@ -311,7 +311,7 @@ def test_sigterm_at_one_rank_under_torchrun_saves_and_ends_all_with_0(base, tmp_
         folder = "{tmp_path.as_posix()}"
         """
     )
-    command = [*TORCHRUN, free_port(), "-m", "flexip_core.training", "run", str(config)]
+    command = [*TORCHRUN, free_port(), "-m", "flexip_core.training", "run", str(config), "--allow-code"]
     process = subprocess.Popen(command, env=variables(), stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = tmp_path / "run" / LOG
     try:

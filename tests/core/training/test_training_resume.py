@@ -132,7 +132,7 @@ def test_sigterm_saves_ends_with_0_and_the_run_can_go_on(base, tmp_path):
         """
     )
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join((str(REPO), str(REPO / "tests/fixtures")))}
-    arguments = [sys.executable, "-m", "flexip_core.training", "run", str(config)]
+    arguments = [sys.executable, "-m", "flexip_core.training", "run", str(config), "--allow-code"]
     process = subprocess.Popen(arguments, env=variables, stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 120
@@ -311,7 +311,7 @@ def test_export_gives_the_averaged_or_the_last_weights(base, tmp_path):
 def test_the_command_line_answers_errors_with_a_sentence(tmp_path, caplog, task, message):
     config = tmp_path / "config.toml"
     config.write_text(f'steps = 1\nbatch = 1\nseed = 0\nfolder = "{tmp_path.as_posix()}"\n{task}\n')
-    assert command.main(["run", str(config)]) == 1
+    assert command.main(["run", str(config), "--allow-code"]) == 1
     assert re.search(message, caplog.text) and "Traceback" not in caplog.text
     assert command.main(["export", str(tmp_path), "x.safetensors"]) == 1
     assert "holds no training state" in caplog.text
