@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 
 from ..flexip_core.run.chain import Link
 
 WARNING = "WARNING: "
+# what begins a tag, an entity, a link of the page's own kind (and its stand-in), or joins the two halves of a Markdown link
+_MARKUP = re.compile(r"<(?=[a-zA-Z/!?])|&(?=[a-zA-Z#])|\[(?=\[)|__LNK(?=\d)|\](?=[(\[:])")
+_ZERO_WIDTH_SPACE = "\u200b"
 
 
 def publish(paragraphs: Sequence[str], links: Sequence[Link], listener: Callable[[str], None] | None) -> None:
@@ -35,7 +39,17 @@ def send(text: str, node_id: str | None) -> None:
     client = getattr(server, "client_id", None)  # who queued the prompt that runs
     if client is None:  # nobody waits; and without a client the server tells everybody, whatever their page shows
         return
-    server.send_progress_text(text, node_id, client)
+    server.send_progress_text(without_markup(text), node_id, client)
     warnings = [part.removeprefix(WARNING) for part in text.split(".\n") if part.startswith(WARNING)]
     # sent without warnings, too: they take the last run's away
     server.send_sync("flexip.warnings", {"node": node_id, "warnings": warnings}, client)
+
+
+def without_markup(text: str) -> str:
+    """Words of strangers, whose files and workflows they come from, so that every page shows them as text.
+
+    ComfyUI's page takes progress text for HTML and makes a link of [[label|address]]; older ones run the scripts in it. Vue nodes
+    take it for Markdown, with links and pictures from anywhere. Newer pages escape HTML themselves and would show entities as
+    such, so nothing is replaced: markup is only parted, by a space without width.
+    """
+    return _MARKUP.sub(lambda found: found[0] + _ZERO_WIDTH_SPACE, text)

