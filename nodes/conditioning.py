@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.conds
@@ -10,7 +9,8 @@ import node_helpers
 from comfy_api.v0_0_2 import io
 from comfy_execution.utils import get_executing_context
 
-from ..flexip_core.run.reference import Reference, ReferenceSet, Shared
+from ..flexip_core.run.chain import Own
+from ..flexip_core.run.reference import Reference, ReferenceSet
 from . import notices
 from .checks import check_numbers
 from .types import CATEGORY, FlexIPGate, FlexIPReference
@@ -18,13 +18,6 @@ from .types import CATEGORY, FlexIPGate, FlexIPReference
 NODE = "FlexIPConditioning"
 OWN = "flexip"  # key in the conditioning's dict
 REMINDER = "flexip_conditioning_without_apply_flexip_gate"  # key in its model_conds; a model that takes no extra arguments shows it
-
-
-@dataclass(frozen=True, eq=False)
-class OwnReference(Shared):
-    reference: Reference | ReferenceSet | None
-    gates: Any
-    strength: float
 
 
 class FlexIPConditioning(io.ComfyNode):
@@ -86,7 +79,7 @@ class FlexIPConditioning(io.ComfyNode):
     ) -> io.NodeOutput:
         check_numbers(NODE, 0, 1, gate=gate)
         check_numbers(NODE, 0, 5, strength=strength)
-        own = OwnReference(reference, (gate,) if gate_schedule is None else gate_schedule, strength)
+        own = Own(reference, (gate,) if gate_schedule is None else gate_schedule, strength)
         reminder = Reminder(cls.hidden.unique_id if cls.hidden else None)
         out = []
         for entry in conditioning:

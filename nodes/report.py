@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..flexip_core.run.chain import Link, Own
+from ..flexip_core.run.chain import Link
+from ..flexip_core.run.projection import Conditioning
 from ..flexip_core.run.reference import as_set
 from ..flexip_core.run.run import LinkRun, Run
 from .notices import WARNING
@@ -59,7 +60,7 @@ def _acts(link: Link, address: str) -> bool:
 
 
 def _notes(run: LinkRun) -> Iterator[str]:
-    own = [entry.own[run.position] for entry in run.entries if run.position in entry.own]
+    own = [part for part in run.conditionings if part.own]
     if own:
         yield f"{len(own)} prompt(s) brought their own reference or gate ({'; '.join(map(_gates_of, own))})"
     if run.counters.untagged:
@@ -82,8 +83,8 @@ def _warnings(run: LinkRun, blocks: list[str], lost: list[str], guider: Any) -> 
         yield "this gate changed nothing in this run, because every block has strength 0; check the blocks"
 
 
-def _gates_of(own: Own) -> str:
-    gates = own.gates
+def _gates_of(conditioning: Conditioning) -> str:
+    gates = conditioning.gates
     return f"gate {_numbers(gates)}" if isinstance(gates, tuple) else "gate by a schedule"
 
 

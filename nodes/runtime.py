@@ -24,7 +24,7 @@ from ..flexip_core.run.reference import as_set
 from ..flexip_core.run.run import LinkRun, Run
 from ..flexip_core.run.schedule import GateCurve, PercentOfSigma
 from . import notices, report, tags
-from .conditioning import OWN, OwnReference, without_reminders
+from .conditioning import OWN, without_reminders
 from .slots import base_attention, fork_patches, has_neighbour, slots_of
 
 KEY = "flexip"
@@ -156,7 +156,7 @@ def _dtype(model: Any) -> torch.dtype:
 
 def _own(entry: dict[str, Any], links: tuple[Link, ...]) -> dict[int, Own]:
     """What FlexIPConditioning put into a prompt, for the last link of the chain that reads such a reference and acts at all."""
-    own: OwnReference | None = entry.get(OWN)
+    own: Own | None = entry.get(OWN)
     if own is None:
         return {}
     fitting = [
@@ -171,7 +171,7 @@ def _own(entry: dict[str, Any], links: tuple[Link, ...]) -> dict[int, Own]:
         )
     acting = [position for position in fitting if not links[position].silent]
     return {
-        position: Own(own.reference, links[position].gates if links[position].over_prompts else own.gates, own.strength)
+        position: dataclasses.replace(own, gates=links[position].gates) if links[position].over_prompts else own
         for position in acting[-1:]
     }
 

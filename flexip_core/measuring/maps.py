@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from ..network.adapters import ADAPTERS
 from ..network.attention import Branch, attention, decoupled_attention
 from ..run.chain import Branches, Link, Row
-from ..run.reference import as_set, combined
 from ..run.run import LinkRun
 
 CHUNK = 2**24  # attention weights held at once: 64 MB
@@ -129,7 +128,11 @@ def _parts(run: LinkRun, block: Block) -> Iterator[tuple[str, Branch, int, int]]
     branches = block.branches.get((run.position, block.address), ())
     if network.gate_mode == "tokens":  # both adapters in one branch
         for number, branch in enumerate(branches):
-            count = _preservation_tokens(run, block.rows, number)
+            # of the row with the most of them; the others are padded
+            count = max(
+                run.conditionings[row.entry].tokens_in("preservation", number, run.setting.latent(row.item))
+                for row in block.rows
+            )
             yield "preservation", branch, 0, count
             yield "personalization", branch, count, branch.k.shape[1] - count
         return
@@ -140,20 +143,6 @@ def _parts(run: LinkRun, block: Block) -> Iterator[tuple[str, Branch, int, int]]
     ]
     for number, branch in enumerate(branches):
         yield acting[number % len(acting)], branch, 0, branch.k.shape[1]
-
-
-def _preservation_tokens(run: LinkRun, rows: Sequence[Row], number: int) -> int:
-    """How many tokens the preservation adapter has in branch `number`: those of the row with the most."""
-    address = next(iter(run.link.network.block_widths))
-    counts = []
-    for entry, item in {(row.entry, row.item) for row in rows}:
-        own = run.entries[entry].own.get(run.position)
-        references = as_set(run.link.reference if own is None or own.reference is None else own.reference)
-        pairs = [tuple(t[..., :1] for t in kv["preservation"][address]) for kv in run.kv[entry]]
-        latent = item % run.setting.latents
-        found = combined(references.combine, references.weights, pairs, [item], [latent])
-        counts.append(found[number].k.shape[1] if number < len(found) else 1)
-    return max(counts)
 
 
 def shares_added(block: Block, groups: Sequence[Picked]) -> torch.Tensor | None:

@@ -21,7 +21,7 @@ Branches = dict[tuple[int, str], tuple[Branch, ...]]
 
 
 class Row(NamedTuple):
-    entry: int  # which conditioning of the run: an index into Run.entries
+    entry: int  # which conditioning of the run: an index into LinkRun.conditionings
     item: int  # which row of the batch
     view: View | None = None  # which part of the latent the call shows; None: unknown, or of no interest
 
@@ -64,7 +64,7 @@ class Link(Shared):
 
 
 @dataclass(frozen=True, eq=False)
-class Own:
+class Own(Shared):
     """What a conditioning brings along for one link of the chain, in place of that link's own."""
 
     reference: Reference | ReferenceSet | None
@@ -106,3 +106,7 @@ class Setting:
     def latents(self) -> int:
         """How many latents there are; all that goes along the batch starts again with every copy."""
         return self.batch // self.copies
+
+    def latent(self, item: int) -> int:
+        """Which latent a row of the batch holds."""
+        return item % self.latents

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import Any
-
-import torch
 
 ROOM = 512 * 2**20  # bytes
 ENTRY = 4096  # bytes that a value takes at least, with its key
 
 
-class Kept:
+class Lru:
     """Values by key, the last used ones: `least` of them, more while they fit into ROOM bytes."""
 
     def __init__(self, least: int):
@@ -38,8 +35,3 @@ class Kept:
         size, (_, before) = max(size, ENTRY), self._values.pop(key, (None, 0))
         self.bytes += size - before
         self._values[key] = value, size
-
-
-def bytes_of(parts: Iterable[tuple]) -> int:
-    """Of all tensors in these named tuples."""
-    return sum(value.nbytes for part in parts for value in part if isinstance(value, torch.Tensor))

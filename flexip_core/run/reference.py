@@ -42,7 +42,7 @@ class ProjectionCache:
     _lock: ClassVar[threading.Lock] = threading.Lock()  # runs may be on several threads
 
     def __init__(self) -> None:
-        self._entries: WeakKeyDictionary[Any, dict[Hashable, _Kept]] = WeakKeyDictionary()
+        self._entries: WeakKeyDictionary[Any, dict[Hashable, Projected]] = WeakKeyDictionary()
         with self._lock:
             self._all.add(self)
 
@@ -56,7 +56,7 @@ class ProjectionCache:
 
     def put(self, network: Any, key: Hashable, value: BlockKV) -> None:
         with self._lock:
-            self._entries.setdefault(network, {})[key] = _Kept(value, kv_bytes(value), next(self._clock))
+            self._entries.setdefault(network, {})[key] = Projected(value, kv_bytes(value), next(self._clock))
             self._make_room()
 
     @classmethod
@@ -75,7 +75,7 @@ class ProjectionCache:
 
 
 @dataclass
-class _Kept:
+class Projected:
     value: BlockKV
     size: int  # bytes
     used: int  # when it was last used

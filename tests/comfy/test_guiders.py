@@ -77,7 +77,7 @@ def test_a_conditioning_without_tag_is_projected_once_in_a_run(model, network, m
 
     def look(*args):
         counters = runs[0].links[0].counters
-        seen.append((len(runs[0].entries), counters.projected, counters.from_cache))
+        seen.append((len(runs[0].links[0].conditionings), counters.projected, counters.from_cache))
 
     gated = runtime.attach(model, tiny.link_for(network, tiny.tiny_reference()))
     tiny.ksample(first(nodes_perpneg.PerpNeg.execute(gated, M, 1.0)), P, N, steps=20, callback=look)
@@ -284,7 +284,7 @@ def test_many_prompts_over_time_keep_a_bounded_number_of_layouts_on_the_device(m
     most = []
     original = core_run.LinkRun.branches
     monkeypatch.setattr(
-        core_run.LinkRun, "branches", lambda self, *args: (original(self, *args), most.append(len(self._assembled)))[0]
+        core_run.LinkRun, "branches", lambda self, *args: (original(self, *args), most.append(len(self._layouts)))[0]
     )
     setter = nodes.ConditioningSetTimestepRange()
     schedule = [part for i in range(10) for part in setter.set_range(tiny.cond(20 + i), i / 10, (i + 1) / 10)[0]]

@@ -17,8 +17,10 @@ import tiny
 import torch
 from comfy.patcher_extension import WrappersMP
 from flexip_pack.flexip_core.run import lru
+from flexip_pack.flexip_core.run import run as core_run
 from flexip_pack.flexip_core.run.chain import Call, Entry, Setting
 from flexip_pack.flexip_core.run.chain import Row as CallRow
+from flexip_pack.flexip_core.run.layout import folded
 from flexip_pack.flexip_core.run.run import LAYOUTS, LinkRun, Run
 from flexip_pack.nodes import runtime
 
@@ -61,14 +63,14 @@ def test_threads_of_one_run_do_not_take_each_others_layouts_away(model, link, mo
 def test_threads_of_one_run_assemble_one_after_the_other(model, link, monkeypatch):
     """Each layout is asked for again after it was thrown out, by two threads in turns, while assembling takes its time."""
     monkeypatch.setattr(lru, "ROOM", 0)
-    assemble, inside, most = LinkRun._assemble, [], []
+    inside, most = [], []
 
-    def slow(self, call, gates):
-        inside.append(call)
-        most.append((len(inside), len(self._assembled)))
+    def slow(layout, *args, **kwargs):
+        inside.append(layout)
+        most.append((len(inside), len(run.links[0]._layouts)))
         time.sleep(0.002)
-        inside.remove(call)
-        return assemble(self, call, gates)
+        inside.pop()
+        return folded(layout, *args, **kwargs)
 
     calls = [Call((CallRow(0, item),), 8, 8, tiny.CPU, torch.float32) for item in range(LAYOUTS + 1)]
     alternating = [calls[n % len(calls)] for n in range(4 * len(calls))]
@@ -81,7 +83,7 @@ def test_threads_of_one_run_assemble_one_after_the_other(model, link, monkeypatc
 
     expected = {call: started().assemble(call, None) for call in calls}
     run = started()
-    monkeypatch.setattr(LinkRun, "_assemble", slow)
+    monkeypatch.setattr(core_run, "folded", slow)
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda call: run.assemble(call, None), alternating))
     for call, (branches, name) in zip(alternating, found):

@@ -19,9 +19,12 @@ from flexip_core.network.attention import (
 )
 from flexip_core.network.gate import Place, gated_branches, join_masks, stack_rows
 from flexip_core.run import lru
+from flexip_core.run import run as core_run
 from flexip_core.run.chain import Call, Entry, Link, Own, Row, Setting
+from flexip_core.run.layout import folded
+from flexip_core.run.projection import text_key
 from flexip_core.run.reference import COMBINE, Reference, ReferenceSet, combined
-from flexip_core.run.run import LAYOUTS, LinkRun, Run, text_key
+from flexip_core.run.run import LAYOUTS, LinkRun, Run
 from flexip_core.run.schedule import GateBatch, GateCurve
 
 CPU = torch.device("cpu")
@@ -186,7 +189,7 @@ def test_no_call_gets_what_was_kept_for_another(links, calls, room):
         for key in got:
             for a, b in zip(got[key], expected[key], strict=True):
                 assert all((x is None) == (y is None) and (x is None or torch.equal(x, y)) for x, y in zip(a, b))
-    assert room or all(len(link._assembled) <= LAYOUTS for link in run.links)
+    assert room or all(len(link._layouts) <= LAYOUTS for link in run.links)
 
 
 def test_layouts_that_come_in_turns_are_assembled_once(monkeypatch):
@@ -196,8 +199,7 @@ def test_layouts_that_come_in_turns_are_assembled_once(monkeypatch):
     for room, expected in ((lru.ROOM, len(calls)), (0, 3 * len(calls))):
         monkeypatch.setattr(lru, "ROOM", room)
         run, made = run_of([link]), []
-        assemble = run.links[0]._assemble
-        run.links[0]._assemble = lambda *a, made=made, assemble=assemble: (made.append(a), assemble(*a))[1]
+        monkeypatch.setattr(core_run, "folded", lambda *a, made=made, **kw: (made.append(a), folded(*a, **kw))[1])
         for call in 3 * calls:
             run.assemble(call, None)
         assert len(made) == expected
@@ -206,7 +208,7 @@ def test_layouts_that_come_in_turns_are_assembled_once(monkeypatch):
 def test_what_is_kept_is_bounded_by_bytes_and_the_last_used_stay(monkeypatch):
     entry = lru.ENTRY
     monkeypatch.setattr(lru, "ROOM", 100 * entry)
-    values = lru.Kept(least=2)
+    values = lru.Lru(least=2)
 
     def put(key, size):
         values.make_room(key)
