@@ -17,6 +17,7 @@ import torch
 from ..files.weights import Header
 
 Shape = tuple[int, ...]
+MOST_PREFIXES = 16  # before the keys of one layout, in one file: a training checkpoint has two or three
 LARGEST = 16384  # of every size of a tower; views let a small pickle show tensors of any size
 
 
@@ -162,7 +163,8 @@ def _identify(header: Header | Mapping[str, Shape], table: tuple) -> EncoderFile
     for kind, layout, signs in table:
         prefixes = [key[: -len(signs[0])] for key in shapes if key.endswith(signs[0])]
         prefixes = [p for p in prefixes if p[-1:] in ("", ".") and all(p + sign in shapes for sign in signs)]
-        for prefix in sorted(prefixes, key=lambda p: ("teacher" not in p, len(p), p)):
+        # each prefix costs a look at all names, and a file with so many is made to cost
+        for prefix in sorted(prefixes, key=lambda p: ("teacher" not in p, len(p), p))[:MOST_PREFIXES]:
             try:
                 shape = tower_shape(kind, _convert_shapes(shapes, kind, layout, prefix))
             except (KeyError, IndexError, ValueError):  # names as expected, shapes not: no tower after all

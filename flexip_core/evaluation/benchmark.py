@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,20 +197,21 @@ _LIVE = (
 )  # the classes of DreamBench's nine live subjects; its file has two lists of prompts, but not whose
 
 
+_LISTS = {"ObjectPrompts": "object", "LiveSubjectPrompts": "live"}
+_LONGEST_TEXT = 2**20  # bytes of prompts, a class or a caption
+
+
 def _dreambench(root: Path) -> Benchmark:
     file = root / "prompts_and_classes.txt"
     text = _read(file)
-    listed = re.search(r"subject_name\s*,\s*class\s*\n(.*?)\n\s*\n", text, re.DOTALL)
-    lists = re.findall(
-        r"^(Object|Live Subject) Prompts\s*\n+\s*(prompt_list\s*=\s*\[.*?^\])", text, re.DOTALL | re.MULTILINE
-    )
-    prompts = {"live" if kind == "Live Subject" else "object": _formats(code, file) for kind, code in lists}
-    if listed is None or set(prompts) != {"live", "object"}:
+    subjects, lists = _sections(text)
+    prompts = {kind: _formats(code, file) for kind, code in lists.items()}
+    if subjects is None or set(prompts) != {"live", "object"}:
         raise ValueError(
             f"{_shown(file)}: expected a list 'subject_name,class', 'Object Prompts' and 'Live Subject Prompts'."
         )
     cases = []
-    for line in listed[1].splitlines():
+    for line in subjects:
         name, comma, class_word = (part.strip() for part in line.partition(","))
         if not (name and comma and class_word):
             raise ValueError(f"{_shown(file)}: expected a line 'subject,class', got {line!r}.")
@@ -219,12 +221,37 @@ def _dreambench(root: Path) -> Benchmark:
     return Benchmark("DreamBench", tuple(cases))
 
 
+def _sections(text: str) -> tuple[list[str] | None, dict[str, str]]:
+    """The lines after "subject_name,class" up to an empty one, and the code of the two lists of prompts; each line is read once."""
+    subjects, lists = None, {}
+    lines = iter(text.splitlines())
+    for line in lines:
+        title = "".join(line.split())
+        if title == "subject_name,class" and subjects is None:
+            subjects = [first for first in [_next_filled(lines)] if first]
+            subjects += itertools.takewhile(str.strip, lines)
+        elif title in _LISTS:
+            code = [_next_filled(lines)]
+            if not re.match(r"prompt_list\s*=\s*\[", code[0]):
+                continue
+            for line in lines:
+                code.append(line)
+                if line.startswith("]"):
+                    lists[_LISTS[title]] = "\n".join(code)
+                    break
+    return subjects, lists
+
+
+def _next_filled(lines: Iterator[str]) -> str:
+    return next((line.strip() for line in lines if line.strip()), "")
+
+
 def _formats(code: str, file: Path) -> list[str]:
     """'a {0} {1} in the jungle'.format(unique_token, class_token) -> "a {1} in the jungle". Parsed, never run."""
     try:
         calls = ast.parse(code.strip()).body[0].value.elts
         found = [(ast.literal_eval(call.func.value), call.func.attr, [a.id for a in call.args]) for call in calls]
-    except (SyntaxError, ValueError, AttributeError, IndexError) as error:
+    except (SyntaxError, ValueError, TypeError, AttributeError, IndexError, RecursionError, MemoryError) as error:
         raise ValueError(f"{_shown(file)}: a list of prompts cannot be read ({error}).") from None
     prompts = []
     for text, method, names in found:
@@ -389,7 +416,11 @@ def _different(paths: Iterable[Path]) -> tuple[Path, ...]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
+        with path.open("rb") as file:
+            data = file.read(_LONGEST_TEXT + 1)
+        if len(data) > _LONGEST_TEXT:
+            raise ValueError(f"{_shown(path)} is longer than {_LONGEST_TEXT} bytes; shorten it.")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{_shown(path)} cannot be read as text ({error}); save it as UTF-8.") from None
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 _CODES = (
     pickle.GLOBAL, pickle.REDUCE, pickle.BUILD, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS,
     pickle.MARK, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.NONE, pickle.NEWFALSE,
-    pickle.NEWTRUE, pickle.EMPTY_TUPLE, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.BININT,
+    pickle.NEWTRUE, pickle.EMPTY_TUPLE, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.BININT,
     pickle.BININT1, pickle.BININT2, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINSTRING, pickle.BINPERSID,
     pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT, pickle.LONG1, pickle.PROTO, pickle.STOP,
 )  # fmt: skip
@@ -39,6 +39,7 @@ _BYTES = {
     "ComplexDouble": 16,
 }
 _LEGACY_PICKLES = 5  # magic number, protocol, machine, the data, names of the storages
+MOST_OPCODES = 1_000_000  # of one pickle; a tensor takes about 30
 _PICKLE = "data.pkl"  # its name in a zipped file, in the one folder at the top
 
 
@@ -48,6 +49,10 @@ class NotPlain(ValueError):
 
 class FalseSize(ValueError):
     """Sizes that the file does not hold."""
+
+
+class TooManyOpcodes(ValueError):
+    """More than any file of weights needs."""
 
 
 class NotAsTorchPacks(ValueError):
@@ -122,15 +127,28 @@ def scan_legacy(file: Any, size: int) -> None:
 
 
 class _Codes(dict):
+    """Opcode -> what to do. Their number is limited: some are one byte in the file and hundreds in memory."""
+
+    def __init__(self, codes: dict[int, Callable]) -> None:
+        super().__init__(codes)
+        self.left = MOST_OPCODES
+
+    def __getitem__(self, code: int) -> Callable:
+        self.left -= 1
+        if self.left < 0:
+            raise TooManyOpcodes
+        return super().__getitem__(code)
+
     def __missing__(self, code: int) -> Callable:
         raise NotPlain
 
 
 class _Scan(pickle._Unpickler):  # the one in C allocates by what numbers in the file claim
-    dispatch = _Codes({code[0]: pickle._Unpickler.dispatch[code[0]] for code in _CODES})
+    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _CODES}
 
     def __init__(self, file: Any) -> None:
         super().__init__(file, encoding="latin1")
+        self.dispatch = _Codes(self.dispatch)
         self.claimed: dict[str, int] = {}  # storage -> bytes
 
     def find_class(self, module: str, name: str) -> _Name:

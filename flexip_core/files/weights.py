@@ -25,11 +25,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .pickles import FalseSize, NotAsTorchPacks, NotPlain, scan_legacy, scan_zip
+from .pickles import FalseSize, NotAsTorchPacks, NotPlain, TooManyOpcodes, scan_legacy, scan_zip
 
 # https://github.com/huggingface/safetensors#format: 8 bytes of header length, JSON header, data.
 _LENGTH_BYTES = 8
-_LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
+_LONGEST_HEADER = 16_000_000  # 100,000 tensors; read, it takes 25 times that. The library's own limit is 100 MB
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -236,7 +236,12 @@ def _safetensors_header(path: Path) -> Header:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES))
         begin = _LENGTH_BYTES + length
-        if length > _LONGEST_HEADER or begin > size:
+        if _LONGEST_HEADER < length <= size:
+            raise _bad(
+                path,
+                f"has a header of {length} bytes, {_LONGEST_HEADER} are the most; choose a file with fewer tensors",
+            )
+        if begin > size:
             raise _bad(
                 path,
                 f"is cut off or not safetensors: its header should take {length} bytes, but the whole "
@@ -321,6 +326,10 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
             path,
             "is not packed as PyTorch packs weights, so it was not opened; "
             f"{_AGAIN} or use a .safetensors version of it",
+        ) from None
+    except TooManyOpcodes:
+        raise _bad(
+            path, "describes far more than weights, so it was not opened; use a .safetensors version of it"
         ) from None
     except FalseSize:
         raise _bad(path, f"is damaged: it describes larger tensors than it holds; {_AGAIN}") from None

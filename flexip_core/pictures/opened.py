@@ -12,15 +12,19 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # PIL counts MPO, a phone's JP
 """Nothing else is tried: PIL would hand PostScript to another program."""
 
 
+class TooLarge(ValueError):
+    """Half a sentence."""
+
+
 def open_picture(file: BinaryIO | str | Path) -> Image.Image:
-    """Not decoded yet. ValueError, half a sentence, for more than MOST_PIXELS; PIL's exceptions for what is no picture."""
+    """Not decoded yet. TooLarge for more than MOST_PIXELS; PIL's exceptions for what is no picture."""
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:
-        raise ValueError(_too_large("far more pixels")) from None
+        raise TooLarge(_too_large("far more pixels")) from None
     try:
         refuse_large(*image.size)
-    except ValueError:
+    except TooLarge:
         if isinstance(file, (str, Path)):  # an open file is its owner's to close
             image.close()
         raise
@@ -28,9 +32,9 @@ def open_picture(file: BinaryIO | str | Path) -> Image.Image:
 
 
 def refuse_large(width: int, height: int) -> None:
-    """ValueError, half a sentence, for more than MOST_PIXELS."""
+    """TooLarge for more than MOST_PIXELS."""
     if width * height > MOST_PIXELS:
-        raise ValueError(_too_large(f"{width} x {height} pixels"))
+        raise TooLarge(_too_large(f"{width} x {height} pixels"))
 
 
 def _too_large(what: str) -> str:

@@ -187,6 +187,27 @@ class TrainConfig:
         return _build(cls, data, "")
 
 
+TASK_NUMBERS = {  # least and most; a whole one is a whole number
+    "size": (8, 4096),
+    "probe_cases": (0, 64),
+    "probe_steps": (1, 1000),
+    "probe_cfg": (0.0, 100.0),
+    "flip": (0.0, 1.0),
+    "workers": (1, 64),
+    "memory": (0, 2**40),
+    "cuts": (1, 64),
+}
+"""Numbers that training on pictures (`flexip_core.training.sd:make`) takes in `[task]`, beside its files and `cache`."""
+
+
+def check_task(task: dict[str, Any]) -> None:
+    """ValueError for a number that is none or out of its range; other values are left to the function."""
+    for name, (least, most) in TASK_NUMBERS.items():
+        value = task.get(name, least)
+        kind, fits = ("number", _is_number(value)) if isinstance(least, float) else ("whole number", type(value) is int)
+        _require(fits and least <= value <= most, f"[task] {name}", f"a {kind} from {least} to {most}", repr(value))
+
+
 def read_config(path: str | Path) -> TrainConfig:
     """A TOML file, or a .json with the same contents, as programs write it."""
     path = Path(path)

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from ..files.parse import read_json
 from ..files.weights import read_header, sha256, write_atomically
 from .choice import Choice, load
 from .data import INVARIANT, VARIANT
@@ -28,6 +29,7 @@ from .pictures import Cut, has_alpha
 KEPT = torch.float16  # pictures are float32: that tells them from what was kept
 ENTRIES = ("latents", "text", "cls", "patches")
 SHARD_BYTES = 256 * 2**20
+SHARD_ENTRIES = 50_000  # so that its header is one that weights.py reads
 MEMO = "files.json"
 _VERSION = "1"  # of how pictures are cut; another one makes every entry anew
 
@@ -48,7 +50,7 @@ class Memo:
     def __init__(self, folder: Path):
         self.path = folder / MEMO
         try:
-            found = json.loads(self.path.read_bytes())
+            found = read_json(self.path)
         except (OSError, ValueError):
             found = {}
         self.known: dict[str, list] = found if isinstance(found, dict) else {}
@@ -88,6 +90,7 @@ class Entries:
         self._shard_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         self._new: dict[str, torch.Tensor] = {}
+        self._new_bytes = 0
         self._lock = threading.Lock()
         for shard in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -118,7 +121,8 @@ class Entries:
                 "look for damaged pictures with `check`."
             )
         self._new[name] = value
-        if sum(t.nbytes for t in self._new.values()) >= SHARD_BYTES:
+        self._new_bytes += value.nbytes
+        if self._new_bytes >= SHARD_BYTES or len(self._new) >= SHARD_ENTRIES:
             self.flush()
 
     def flush(self) -> None:
@@ -129,7 +133,7 @@ class Entries:
             write_atomically(path, save(self._new))
             self._open.pop(path, None)
             self._shard_of |= dict.fromkeys(self._new, path)
-            self._new = {}
+            self._new, self._new_bytes = {}, 0
 
     def bytes(self) -> int:
         return sum(shard.stat().st_size for shard in self.folder.glob("*.safetensors"))
@@ -182,6 +186,15 @@ class Contents:
         with self.data.store.open(view.file) as file:
             cut_out = view.mask is not None or has_alpha(file)
         return " ".join(digests), cut_out and load(self.data.store, view, self.size).mask is not None
+
+
+def check_place(cache: str | os.PathLike, data: str | os.PathLike) -> None:
+    """ValueError for a cache folder that is the data folder, holds it or lies in it: a cache fills its folder with files."""
+    one, other = Path(cache).resolve(), Path(data).resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise ValueError(
+            f"Cache: {cache} is the folder of the pictures, or one lies inside the other; choose a folder of its own."
+        )
 
 
 def check_identity(identity: Mapping[str, str]) -> None:

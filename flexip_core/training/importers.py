@@ -21,9 +21,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files.parse import parse_json, read_json
 from ..files.weights import write_atomically
+from ..pictures.opened import TooLarge, open_picture
 from .pictures import CLIPS, PICTURES
-from .stores import CLASS, MASK, safe_name
+from .stores import CLASS, MASK, UNSAFE, safe_name
 
 MANIFEST = "import.json"
 WAYS = ("copy", "link")
@@ -101,23 +103,34 @@ def _bring(items: list[Item], target: Path, about: Mapping[str, str | None], way
     names: dict[str, Item] = {}
     for item in items:
         if not safe_name(item.name):
-            raise ValueError(
-                f"Import: {item.name!r} would leave the target folder or has a colon or backslash; rename it."
-            )
+            raise ValueError(f"Import: there is a file {item.name!r}, {UNSAFE}; rename it.")
         if item.name.lower() in names:
             raise ValueError(f"Import: two files would become {item.name}; rename one of them in the source.")
         names[item.name.lower()] = item
     if target.exists() and any(target.iterdir()):
         try:
-            known = json.loads((target / MANIFEST).read_bytes())
+            known = read_json(target / MANIFEST)
         except (OSError, ValueError):
             known = None
         if known != dict(about):
             raise ValueError(f"Import: {target} already holds something else; choose an empty or new folder.")
+    for item in shown:
+        if item.source is not None and item.name.lower().endswith(PICTURES):
+            _check_pixels(item.source)
     write_atomically(target / MANIFEST, json.dumps(about).encode())
     for item in items:
         _place(item, target / item.name, way)
     return len(shown)
+
+
+def _check_pixels(source: Path) -> None:
+    """A picture that training would refuse for its size is not brought. What is no picture at all `check` tells."""
+    try:
+        open_picture(source).close()
+    except TooLarge as error:
+        raise ValueError(f"Import: {source} cannot be used: {error}.") from None
+    except Exception:  # noqa: BLE001 - damaged files fail with any exception
+        return
 
 
 def _place(item: Item, path: Path, way: str) -> None:
@@ -290,7 +303,7 @@ def _text(path: Path) -> str:
 
 def _json(path: Path):
     try:
-        return json.loads(_text(path))
+        return parse_json(_text(path))
     except ValueError as error:
         raise ValueError(f"Import: {path.name} is not JSON ({error}); check the file.") from None
 

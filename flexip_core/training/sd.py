@@ -27,10 +27,10 @@ from ..network.config import ClipConfig, DinoConfig
 from ..pictures import crop
 from .base import Task, Text
 from .cached import cached
-from .config import TrainConfig
+from .config import TrainConfig, check_task
 from .data import Captions
 from .dataset import scan
-from .entries import file_identity
+from .entries import check_place, file_identity
 from .image_encoders import encoder_in
 from .probe import PictureProbe, choose_cases
 from .sd_configs import SIDE, UNET, VAE, Checkpoint, TextEncoder, read_checkpoint
@@ -318,6 +318,10 @@ def make(
     `run` is the config that names this task: its precision, and its folder for the previews. The probe shows data from val/,
     without that pictures that are trained on. probe_cases = 0: no probe.
     """
+    numbers = {"size": size, "probe_cases": probe_cases, "probe_steps": probe_steps, "probe_cfg": probe_cfg, **options}
+    check_task({name: value for name, value in numbers.items() if value is not None})
+    if cache is not None:
+        check_place(cache, data)
     base = SDBase.load(checkpoint, clip_vision, dino, device, run.precision if run else "fp32")
     probe = None
     if probe_cases:
@@ -352,6 +356,7 @@ def fill_cache(cfg: TrainConfig, patches: bool = False, dry_run: bool = False) -
         raise ValueError(
             'The config\'s [task] must have make = "flexip_core.training.sd:make" and cache = "a folder" to keep things in.'
         )
+    check_place(task["cache"], task["data"])
     files = [task[name] for name in ("checkpoint", "clip_vision", "dino")]
     base = SDBase.load(*files, device=cfg.device)
     drops = cfg.dropout.phrase > 0 or any(cfg.dropout.phrases.values())

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import tarfile
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from ..files.parse import parse_json, read_json
 from .pictures import CLIPS, PICTURES
-from .stores import CLASS, SETTINGS, safe_name
+from .stores import CLASS, SETTINGS, UNSAFE, safe_name
 
 MANIFEST = "shards.json"
 FORMAT = 1
+
+
+class Refused(ValueError):
+    """A whole sentence already."""
 
 
 class ShardStore:
@@ -42,17 +46,21 @@ class ShardStore:
         self._places: dict[str, tuple[Path, int, int, str]] = {}
         for shard in shards:
             for name, (begin, length, digest) in _index(shard).items():
-                if not safe_name(name) or name == SETTINGS:
-                    raise ValueError(
-                        f"Shards: {shard.name} holds a file called {name!r}, which would leave the folder; do not use it."
-                    )
+                if name == SETTINGS or not safe_name(name):
+                    raise ValueError(f"Shards: {shard.name} holds a file called {name!r}, {UNSAFE}; do not use it.")
                 known = self._places.setdefault(name, (shard, begin, length, digest))
                 if known[2] != length or (digest and known[3] and digest != known[3]):
                     raise ValueError(
                         f"Shards: {shard.name} and {known[0].name} hold different files called {name}; "
                         "unpack them into folders of their own."
                     )
-        self._names = sorted([*self._places, *([SETTINGS] if (self.folder / SETTINGS).exists() else [])])
+        folders = {str(parent) for name in self._places for parent in PurePosixPath(name).parents}
+        if both := sorted(folders & self._places.keys()):
+            raise ValueError(f"Shards: {both[0]} is a file and a folder in the shards of {folder}; do not use them.")
+        settings = self.folder / SETTINGS
+        if settings.is_symlink():
+            raise ValueError(f"Shards: {SETTINGS} in {folder} is a link; put the file itself there (a copy).")
+        self._names = sorted([*self._places, *([SETTINGS] if settings.exists() else [])])
 
     def names(self) -> list[str]:
         return self._names
@@ -82,20 +90,25 @@ class ShardStore:
 def _index(shard: Path) -> dict[str, tuple[int, int, str]]:
     """Plain name -> where it begins, its length, its sha256 ("" if nobody counted it)."""
     try:
-        index = json.loads(index_path(shard).read_bytes())
-        if index["format"] == FORMAT and index["bytes"] == shard.stat().st_size:
-            return {
-                name: (int(begin), int(length), str(digest)) for name, (begin, length, digest) in index["files"].items()
-            }
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # there is none, or it is another shard's: everything is in the tar itself
+        index, size = read_json(index_path(shard)), shard.stat().st_size
+        if index["format"] == FORMAT and index["bytes"] == size:
+            return {name: _inside(size, *place) for name, place in index["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # there is none, or it is another shard's, or damaged: everything is in the tar itself
     return _index_from_headers(shard)
+
+
+def _inside(size: int, begin: int, length: int, digest: str) -> tuple[int, int, str]:
+    """ValueError for a place that a shard of `size` bytes does not have."""
+    if (type(begin), type(length), type(digest)) != (int, int, str) or not 0 <= begin <= begin + length <= size:
+        raise ValueError("it names bytes that are not there")
+    return begin, length, digest
 
 
 def _index_from_headers(shard: Path) -> dict[str, tuple[int, int, str]]:
     found: dict[str, tuple[int, int, str]] = {}
     sample: dict[str, tuple[int, int, str]] = {}
-    key = None
+    key, size = None, shard.stat().st_size
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -106,10 +119,14 @@ def _index_from_headers(shard: Path) -> dict[str, tuple[int, int, str]]:
                 if folder + slash + stem != key:
                     found |= _plain(shard, key, sample)
                     key, sample = folder + slash + stem, {}
-                sample[name.lower()] = (member.offset_data, member.size, "")
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"Shards: {shard.name} is damaged or no tar file ({error}); copy it again.") from None
-    return found | _plain(shard, key, sample)
+                sample[name.lower()] = _inside(size, member.offset_data, member.size, "")
+        return found | _plain(shard, key, sample)
+    except Refused:
+        raise
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        raise ValueError(
+            f"Shards: {shard.name} is damaged or no tar file ({str(error)[:160]}); copy it again."
+        ) from None
 
 
 def _plain(shard: Path, key: str | None, sample: dict[str, tuple[int, int, str]]) -> dict[str, tuple[int, int, str]]:
@@ -123,12 +140,12 @@ def _plain(shard: Path, key: str | None, sample: dict[str, tuple[int, int, str]]
             file.seek(begin)
             raw = file.read(length)
         try:
-            names = json.loads(raw).get("files")
+            names = parse_json(raw).get("files")
         except (ValueError, AttributeError):
-            raise ValueError(f"Shards: {key}.json in {shard.name} is not JSON; pack again.") from None
+            raise Refused(f"Shards: {key}.json in {shard.name} is not JSON; pack again.") from None
     if isinstance(names, dict):
         if missing := sorted(set(names) - set(sample)):
-            raise ValueError(f"Shards: {key}.{missing[0]} is missing in {shard.name}; pack again.")
+            raise Refused(f"Shards: {key}.{missing[0]} is missing in {shard.name}; pack again.")
     else:
         names = _guessed(key.replace("/", "_"), sample)
     return {str(name): sample[part] for part, name in names.items()}
@@ -151,7 +168,7 @@ def _guessed(key: str, sample: Iterable[str]) -> dict[str, str]:
 
 def manifest(folder: Path) -> dict:
     try:
-        about = json.loads((folder / MANIFEST).read_bytes())
+        about = read_json(folder / MANIFEST)
         if about["format"] == FORMAT and (not about["finished"] or isinstance(about["shards"], dict)):
             return about
     except (OSError, ValueError, KeyError, TypeError):

@@ -25,7 +25,7 @@ from pathlib import Path
 from ..files.weights import write_atomically
 from .dataset import PARTS, DataSet, Group, View, scan
 from .shard_store import FORMAT, MANIFEST, ShardStore, index_path, manifest
-from .stores import CLASS, SETTINGS, FolderStore, read, safe_name
+from .stores import CLASS, SETTINGS, UNSAFE, FolderStore, read, safe_name
 
 SHARD_BYTES = 2**30
 VIEWS = 8  # of a subject in one sample, at most
@@ -109,7 +109,7 @@ def _samples(kind: str, data: DataSet, groups: Iterable[Group]) -> Iterator[_Sam
                 sample.files.append((CLASS, chosen[0].class_file))
             for _, plain in sample.files:
                 if not safe_name(plain):
-                    raise ValueError(f"Packing: {plain} has a backslash or a colon in its name; rename it.")
+                    raise ValueError(f"Packing: there is a file {plain}, {UNSAFE}; rename it.")
             yield sample
             number += 1
 

@@ -7,9 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
+from ..files.names import is_device
+
+LONGEST_NAME = 1000
 SETTINGS = "dataset.toml"
 CLASS = "class.txt"
 MASK = ".mask.png"
+
+UNSAFE = "which leaves the folder, has a backslash or a colon, or is kept by Windows for a device"
 
 
 class Store(Protocol):
@@ -85,11 +90,12 @@ def read(store: Store, name: str) -> bytes:
 
 
 def safe_name(name: str) -> bool:
-    """Whether a relative name stays inside its folder, on every system."""
+    """Whether a relative name stays inside its folder and can be a file's, on every system."""
     path = PurePosixPath(name)
     return (
-        bool(name)
+        0 < len(name) <= LONGEST_NAME
         and not path.is_absolute()
         and not {"..", "."} & set(name.split("/"))
         and not set(name) & set("\\:\0")
+        and not is_device(name)
     )

@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from flexip_core.encoders import layouts
 from flexip_core.encoders.layouts import TowerShape, describe, identify, to_tower_layout, tower_keys
 from flexip_core.files.weights import read_header
 
@@ -308,3 +309,14 @@ def test_right_names_with_senseless_shapes_are_not_recognised(case, shape):
 )
 def test_encoders_are_described_in_words(shape, words):
     assert describe(shape) == words
+
+
+@pytest.mark.parametrize("identified, table", [(identify, layouts._SIGNS), (layouts.identify_vit, layouts._VIT_SIGNS)])
+def test_a_file_of_many_prefixes_is_looked_at_a_few_times(monkeypatch, identified, table):
+    """Each look goes over all names, so as many looks as prefixes would be quadratic."""
+    looks, real = [], layouts._convert_shapes
+    monkeypatch.setattr(layouts, "_convert_shapes", lambda *given: looks.append(given[3]) or real(*given))
+    for _, _, signs in table:
+        looks.clear()
+        assert identified({f"p{i}.{sign}": () for i in range(200) for sign in signs}) is None
+        assert 1 <= len(looks) <= 16 * len(table)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
+from flexip_core.evaluation import benchmark
 from flexip_core.evaluation.benchmark import (
     Benchmark,
     Case,
@@ -418,3 +420,56 @@ def test_empty_folders_of_pictures_are_told_apart_from_missing_ones(tmp_path: Pa
     (tmp_path / "tgt_image").mkdir()
     with pytest.raises(ValueError, match="no picture in them"):
         read_outputs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "\n",
+        " \n",
+        "subject_name,class\n",
+        "subject_name,class\n\n",
+        "Object Prompts\n",
+        "Object Prompts\nprompt_list = [\n",
+        "x,y\n",
+    ],
+)
+def test_a_prompt_file_is_read_line_by_line(tmp_path: Path, unit: str) -> None:
+    """Twice the file, twice the lines of code that run; and whatever it is made of, one sentence."""
+
+    def lines(count: int) -> int:
+        run = 0
+
+        def trace(frame, event, arg):
+            nonlocal run
+            run += event == "line"
+            return trace
+
+        text = "subject_name,class\n" + unit * count
+        sys.settrace(trace)
+        try:
+            benchmark._sections(text)
+        finally:
+            sys.settrace(None)
+        return run
+
+    assert lines(2000) <= 2.2 * lines(1000) + 50
+    with pytest.raises(ValueError, match="expected|cannot be read"):
+        read_benchmark(dreambench(tmp_path, "subject_name,class\n" + unit * 25_000))
+
+
+@pytest.mark.parametrize("code", ["(" * 500, "[" * 100_000, "-" * 50_000 + "1", "'a' " + "+ 'a'" * 20_000])
+def test_prompts_of_endless_code_are_a_sentence(tmp_path: Path, code: str) -> None:
+    text = DREAMBENCH.replace(
+        "'a red {0} {1}'.format(unique_token, class_token)", f"({code}).format(unique_token, class_token)"
+    )
+    with pytest.raises(ValueError, match="a list of prompts cannot be read"):
+        read_benchmark(dreambench(tmp_path, text))
+
+
+def test_a_text_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    dreambench(tmp_path)
+    with (tmp_path / "dataset/prompts_and_classes.txt").open("wb") as file:
+        file.truncate(2**34)
+    with pytest.raises(ValueError, match="is longer than 1048576 bytes"):
+        read_benchmark(tmp_path)

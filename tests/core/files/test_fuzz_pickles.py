@@ -343,3 +343,23 @@ def test_a_flipped_bit_at_any_byte_of_a_small_file_loads_or_is_refused(tmp_path,
         changed[place] ^= 1 << place % 8
         path.write_bytes(changed)
         outcome(read_tensors, path)
+
+
+@pytest.mark.parametrize("write", hostile.WRITERS.values(), ids=list(hostile.WRITERS))
+def test_a_file_of_endless_opcodes_is_refused_while_it_is_counted(tmp_path, write):
+    """Each is one byte, an empty dict 64 and an empty set 216 bytes of memory."""
+    path = tmp_path / "adapter.bin"
+    for opcode, words in (
+        (b"}", "describes far more than weights"),
+        (b"\x8f", "contains Python objects besides weights"),
+    ):
+        path.write_bytes(write(b"\x80\x04" + opcode * 1_500_000 + b"."))
+        assert words in refused(read_tensors, path)
+    path.write_bytes(write(b"\x80\x02" + b"}" * 10 + b"."))
+    assert "far more" not in refused(read_tensors, path)
+
+
+def test_a_file_of_many_tensors_is_far_from_the_limit(tmp_path):
+    path = tmp_path / "adapter.bin"
+    path.write_bytes(saved({f"blocks.{i}.weight": torch.zeros(1) for i in range(5000)}, True))
+    assert len(read_tensors(path)) == 5000

@@ -131,6 +131,10 @@ SAFETENSORS_FAULTS = {
     "unknown_dtype": (raw_safetensors({"t": entry([2], 0, 1, "F4")}, b"x"), ["'F4'", "float16"]),
     "not_json": (raw_safetensors(b"{nothing here", bytes(16)), ["not valid JSON"]),
     "not_utf8": (raw_safetensors(b'{"\xff\xfe": 1}'), ["not valid JSON"]),
+    "long_header": (
+        raw_safetensors(b'{"t":' + b" " * 16_000_000 + b"1}"),
+        ["header of 16000007 bytes", "16000000 are the most"],
+    ),
     "deep_json": (raw_safetensors(b'{"a":' + b"[" * 200_000), ["not valid JSON"]),
     "duplicate": (raw_safetensors(b'{"t":1,"t":2}'), ["'t'", "twice"]),
     "odd_metadata": (raw_safetensors({"__metadata__": {"a": {"b": 1}}}), ["metadata"]),

@@ -1,13 +1,24 @@
 """Data, shards and runs that somebody else made, to hurt: one sentence, little memory, no door opened."""
 
+import io
+import json
 import os
+import struct
+import tarfile
 import threading
+import zlib
 
 import pytest
 import training_folders as made
 
+from flexip_core.training import sd
 from flexip_core.training.check import check
 from flexip_core.training.dataset import scan
+from flexip_core.training.entries import check_place
+from flexip_core.training.importers import import_data
+from flexip_core.training.shard_store import ShardStore
+from flexip_core.training.shards import unpack
+from flexip_core.training.stores import safe_name
 
 SIZE = 32
 SDP = """v=0
@@ -90,3 +101,167 @@ def test_a_clip_gives_at_most_some_thousand_views(tmp_path):
         made.put(tmp_path, {"dataset.toml": f"clip_frames = {count}"})
         with pytest.raises(ValueError, match=f"clip_frames must be at most 4096, got {count}"):
             scan(tmp_path)
+
+
+def tar_with(folder, names=("invariant/x.png",)):
+    """A shard of one picture under these names."""
+    for number, name in enumerate(names):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for member, content in (
+                (f"{number}.png", b"picture"),
+                (f"{number}.json", json.dumps({"files": {"png": name}}).encode()),
+            ):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return folder / "0.tar"
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+PLACES = [
+    [512, 10**12, ""],
+    [512, 2**70, ""],
+    [-512, 7, ""],
+    [512, -7, ""],
+    [10**12, 7, ""],
+    ["512", 7, ""],
+    [512, 7, 1],
+    [512],
+    7,
+    None,
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_an_index_is_believed_only_where_its_shard_has_such_bytes(tmp_path, place):
+    shard = tar_with(tmp_path)
+    index = {"format": 1, "bytes": shard.stat().st_size, "files": {"invariant/x.png": place}}
+    (tmp_path / "0.index.json").write_text(json.dumps(index))
+    assert ShardStore(tmp_path).open("invariant/x.png").read() == b"picture", "the tar itself says where it is"
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"format": 1, "bytes": 1, "files": []}', "9" * 100_000, "\xff", "[1]", "null"])
+def test_a_damaged_index_is_passed_over_and_a_damaged_list_of_shards_is_a_sentence(tmp_path, text):
+    tar_with(tmp_path)
+    (tmp_path / "0.index.json").write_text(text)
+    assert ShardStore(tmp_path).names() == ["invariant/x.png"]
+    (tmp_path / "shards.json").write_text(text)
+    with pytest.raises(ValueError, match="shards.json in .* is damaged"):
+        ShardStore(tmp_path)
+
+
+def test_a_shard_whose_headers_lie_is_a_sentence(tmp_path):
+    shard = tar_with(tmp_path)
+    data = bytearray(shard.read_bytes())
+    info = tarfile.TarInfo("0.png")
+    info.size = 10**12
+    data[:512] = info.tobuf(tarfile.GNU_FORMAT)[:512]
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match="0.tar is damaged or no tar file"):
+        ShardStore(tmp_path)
+    # names of names of names: Python's reader calls itself for each
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 5
+    shard.write_bytes((info.tobuf(tarfile.GNU_FORMAT) + b"name\0".ljust(512, b"\0")) * 20_000)
+    with pytest.raises(ValueError, match="0.tar is damaged or no tar file"):
+        ShardStore(tmp_path)
+
+
+def test_the_description_of_a_sample_may_be_damaged_too(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in (("0.png", b"picture"), ("0.json", DEEP.encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(ValueError, match="^Shards: 0.json in 0.tar is not JSON; pack again.$"):
+        ShardStore(tmp_path)
+
+
+def test_settings_beside_shards_are_no_link(tmp_path):
+    tar_with(tmp_path)
+    (tmp_path / "elsewhere").write_text("secret")
+    (tmp_path / "dataset.toml").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="dataset.toml in .* is a link"):
+        unpack(tmp_path, tmp_path / "back")
+
+
+def test_a_file_and_a_folder_of_one_name_are_refused(tmp_path):
+    tar_with(tmp_path, ["invariant/x", "invariant/x/y.png"])
+    with pytest.raises(ValueError, match="invariant/x is a file and a folder"):
+        unpack(tmp_path, tmp_path / "back")
+
+
+DEVICES = ["nul", "CON", "com1.x", "variant/dog/nul.jpg", "aux /x.png", "variant/LPT9/1.png", "COM\u00b9.png", "conin$"]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_names_of_devices_are_no_names(tmp_path, name):
+    assert not safe_name(name)
+    tar_with(tmp_path, [name])
+    with pytest.raises(ValueError, match="kept by Windows for a device"):
+        ShardStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["null.png", "console/1.png", "variant/com10.jpg", "a.nul", "lpt", "invariant/my con.png"]
+)
+def test_names_that_only_look_like_devices_are_names(name):
+    assert safe_name(name)
+
+
+@pytest.mark.parametrize(
+    "text", ["x = " + "[" * 3000, "clip_frames = " + "9" * 5000, f"[weights]\n'variant/mug' = {'9' * 400}"]
+)
+def test_damaged_settings_are_a_sentence(tmp_path, text):
+    made.put(made.small_set(tmp_path), {"dataset.toml": text})
+    with pytest.raises(ValueError, match="^dataset.toml is not a TOML file: ") as told:
+        scan(tmp_path)
+    assert len(str(told.value)) < 200
+
+
+def test_a_caption_of_gigabytes_is_not_read(tmp_path):
+    made.small_set(tmp_path)
+    with (tmp_path / "variant/mug/a.txt").open("wb") as file:
+        file.truncate(2**34)
+    assert "variant/mug/a.txt is longer than 1048576 bytes" in check(tmp_path, SIZE).text()
+
+
+def test_a_cache_is_a_folder_of_its_own(tmp_path):
+    data = made.small_set(tmp_path / "input/pets")
+    for cache in (data, data / "variant", data / "cache", tmp_path / "input", data / "../pets/invariant"):
+        with pytest.raises(ValueError, match="is the folder of the pictures, or one lies inside the other"):
+            check_place(cache, data)
+        with pytest.raises(ValueError, match="is the folder of the pictures"):
+            sd.make("cpu", "x", "x", "x", str(data), cache=str(cache))
+    check_place(tmp_path / "input/pets_cache", data)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("size", 512.0),
+        ("size", 2**70),
+        ("workers", 0),
+        ("flip", True),
+        ("flip", 2),
+        ("probe_steps", "20"),
+        ("memory", -1),
+    ],
+)
+def test_numbers_of_a_task_are_checked_before_anything_is_read(tmp_path, name, value):
+    with pytest.raises(ValueError, match=rf"\[task\] {name} must be a (whole )?number from "):
+        sd.make("cpu", "nothing", "nothing", "nothing", str(tmp_path), **{name: value})
+
+
+def test_an_import_brings_no_picture_that_training_would_refuse(tmp_path):
+    made.put(tmp_path / "source", {"1_mug/a.png": made.noise(1), "1_mug/b.bmp": b"damaged"})
+    assert import_data("kohya", tmp_path / "source", tmp_path / "data") == 2, "the check tells of what is damaged"
+    large = made.noise(1)
+    large.save(tmp_path / "source/1_mug/c.png")
+    data = bytearray((tmp_path / "source/1_mug/c.png").read_bytes())
+    data[16:24] = struct.pack(">II", 9000, 9000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "source/1_mug/c.png").write_bytes(data)
+    with pytest.raises(ValueError, match="c.png cannot be used: it has 9000 x 9000 pixels"):
+        import_data("kohya", tmp_path / "source", tmp_path / "more")
+    assert not (tmp_path / "more").exists()
