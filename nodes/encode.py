@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from comfy_api.v0_0_2 import io, ui
 
 from ..flexip_core.encoders.towers import image_size
+from ..flexip_core.network.config import FeatureNeed
 from ..flexip_core.pictures.crop import CROPS, prepare
 from ..flexip_core.run.masks import as_masks
 from ..flexip_core.run.reference import Reference
@@ -91,16 +93,27 @@ class EncodeReference(io.ComfyNode):
             for size in {image_size(need.encoder) for need in needs}
         }
         features, null, sources = {}, {}, []
-        for need in needs:
-            wire = encoders.wired_for(need, wires[encoders.role_of(need)])
-            role = encoders.role_of(need)
-            path = None if wire is not None else loaded.own.get(role) or encoders.resolve(need, loaded.encoders)
-            features[need.name], null[need.name], source = encoders.features(
-                need, path, wire, seen[image_size(need.encoder)], loaded.towers
-            )
-            sources.append(f"{need.encoder.model} from {source}")
+        for wire, path, alike in _by_encoder(needs, wires, loaded):
+            size = image_size(alike[0].encoder)
+            found, without, source = encoders.features(alike, path, wire, seen[size], loaded.towers)
+            features |= found
+            null |= without
+            sources += [f"{need.encoder.model} from {source}" for need in alike]
         reference = Reference(features, null, ", ".join(dict.fromkeys(sources)), needs)
         return io.NodeOutput(reference, ui=ui.PreviewImage(seen[max(seen)], cls=cls))
+
+
+def _by_encoder(
+    needs: Sequence[FeatureNeed], wires: dict[str, Any], loaded: LoadedAdapters
+) -> Iterator[tuple[Any, str | None, list[FeatureNeed]]]:
+    """(wired model or None, path of the file or None, the needs that this one encoder serves), so that it runs once for all."""
+    groups: dict[tuple, tuple[Any, str | None, list[FeatureNeed]]] = {}
+    for need in needs:
+        role = encoders.role_of(need)
+        wire = encoders.wired_for(need, wires[role])
+        path = None if wire is not None else loaded.own.get(role) or encoders.resolve(need, loaded.encoders)
+        groups.setdefault((repr(need.encoder), id(wire), path), (wire, path, []))[2].append(need)
+    yield from groups.values()
 
 
 def _first(values: list | None) -> Any:

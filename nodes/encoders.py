@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -19,9 +19,11 @@ from . import files
 from .errors import named
 
 NODE = "EncodeReference"
-Runner = Callable[[torch.Tensor], torch.Tensor]  # normalised pixels (b, 3, s, s) -> feature
+Features = dict[str, torch.Tensor]  # by kind, as FeatureNeed names them
+Runner = Callable[[torch.Tensor, Collection[str]], Features]  # normalised pixels (b, 3, s, s) and the kinds wanted
 CHUNK = 8  # pictures per forward pass: bounds the memory of a long list of references
 _loaded: WeakValueDictionary[tuple, comfy.model_patcher.ModelPatcher] = WeakValueDictionary()
+_nulls: WeakKeyDictionary[comfy.model_patcher.ModelPatcher, Features] = WeakKeyDictionary()  # of the zero picture
 
 
 def refuse_misfits(needs: tuple[FeatureNeed, ...], choices: dict[str, str], node: str) -> None:
@@ -61,38 +63,51 @@ def _find(cfg: ClipConfig | DinoConfig, node: str) -> str | None:
 
 
 def features(
-    need: FeatureNeed, path: str | None, wired: Any, pictures: torch.Tensor, owner: dict
-) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """What `need` asks for, of prepared pictures (r, s, s, 3) and of the null reference, on the CPU in float32.
+    needs: list[FeatureNeed], path: str | None, wired: Any, pictures: torch.Tensor, owner: dict
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], str]:
+    """What `needs`, all of one encoder, ask for: by name, of prepared pictures (r, s, s, 3) and of the null reference, on the
+    CPU in float32.
 
+    Each picture passes the encoder once; the null picture once per encoder, whose answer is kept as long as its weights.
     Also returns where the weights came from, for the report. A tower read from a file lives as long as `owner`, where it is noted.
     """
+    encoder = needs[0].encoder
     if wired is not None:
-        patcher, run = _core_runner(need, wired, pictures)  # ComfyUI refers to patchers weakly: held here until the end
-        source = f"the {role_of(need)} socket"
+        patcher, run = _core_runner(
+            encoder, wired, pictures
+        )  # ComfyUI refers to patchers weakly: held here until the end
+        source = f"the {role_of(needs[0])} socket"
     elif path is None:
-        raise ValueError(_none_found(need))
+        raise ValueError(_none_found(needs[0]))
     else:
-        patcher = owner[repr(need.encoder)] = _patcher(need.encoder, path)
+        patcher = owner[repr(encoder)] = _patcher(encoder, path)
         mm.load_models_gpu([patcher], memory_required=_memory(pictures), force_full_load=True)
-        run, source = _tower_runner(need, patcher.model), os.path.basename(path)
-    mean, std = towers.statistics(need.encoder)
+        run, source = patcher.model.features, os.path.basename(path)
+    pixels = crop.normalise(pictures, *towers.statistics(encoder))
 
-    def encode(pixels: torch.Tensor) -> torch.Tensor:
+    def encode(pixels: torch.Tensor, kinds: set[str]) -> Features:
         mm.throw_exception_if_processing_interrupted()
-        return run(pixels).float().cpu()
+        found = run(pixels, kinds)
+        return {kind: found[kind].float().cpu() for kind in kinds}
 
     with torch.no_grad():
-        pixels = crop.normalise(pictures, mean, std)
-        feature = torch.cat([encode(chunk) for chunk in pixels.split(CHUNK)])
-        null = (
-            torch.zeros_like(feature)
-            if need.null == "zeros"
-            else encode(torch.zeros_like(pixels[:1])).expand_as(feature)
-        )
-    if not (crop.finite(feature) and crop.finite(null)):
+        chunks = [encode(chunk, {need.kind for need in needs}) for chunk in pixels.split(CHUNK)]
+        seen = {kind: torch.cat([chunk[kind] for chunk in chunks]) for kind in chunks[0]}
+        nulls = _nulls.setdefault(patcher, {})
+        lacking = {need.kind for need in needs if need.null != "zeros"} - nulls.keys()
+        if lacking:
+            nulls.update(encode(torch.zeros_like(pixels[:1]), lacking))
+    feature = {need.name: seen[need.kind] for need in needs}
+    null = {
+        need.name: torch.zeros_like(seen[need.kind])
+        if need.null == "zeros"
+        else nulls[need.kind].expand_as(seen[need.kind])
+        for need in needs
+    }
+    if not all(crop.finite(t) for t in (*feature.values(), *null.values())):
+        nulls.clear()  # a download may be repeated under the same name
         raise ValueError(
-            f"{NODE}: the encoder {need.encoder.model} from {source} gives values that are not numbers (NaN or infinite), so every picture would be black. "
+            f"{NODE}: the encoder {encoder.model} from {source} gives values that are not numbers (NaN or infinite), so every picture would be black. "
             "Download its file again, or start ComfyUI with --force-fp32 if half precision is too small for it."
         )
     return feature, null, source
@@ -140,25 +155,21 @@ def wrap(tower: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
     )
 
 
-def _tower_runner(need: FeatureNeed, tower: torch.nn.Module) -> Runner:
-    return tower.penultimate if need.kind == "penultimate" else tower
-
-
-def _core_runner(need: FeatureNeed, clip_vision: Any, pictures: torch.Tensor) -> tuple[Any, Runner]:
+def _core_runner(encoder: ClipConfig | DinoConfig, clip_vision: Any, pictures: torch.Tensor) -> tuple[Any, Runner]:
     """A loaded core CLIP_VISION: run as it is at its own size, else its weights in our tower (the shared object stays as it is)."""
-    if clip_vision.image_size != towers.image_size(need.encoder):
+    if clip_vision.image_size != towers.image_size(encoder):
         # lives for this one run of the node
-        patcher = wrap(towers.load_tower(need.encoder, clip_vision.get_sd(), _dtype()))
+        patcher = wrap(towers.load_tower(encoder, clip_vision.get_sd(), _dtype()))
         mm.load_models_gpu([patcher], memory_required=_memory(pictures), force_full_load=True)
-        return patcher, _tower_runner(need, patcher.model)
+        return patcher, patcher.model.features
     mm.load_model_gpu(clip_vision.patcher)
-    skipped = 1 + towers.wanted_shape(need.encoder).registers
+    skipped = 1 + towers.wanted_shape(encoder).registers
 
-    def run(pixels: torch.Tensor) -> torch.Tensor:
+    def run(pixels: torch.Tensor, kinds: Collection[str]) -> Features:
         last, penultimate, embedding, *_ = clip_vision.model(
             pixel_values=pixels.to(clip_vision.load_device), intermediate_output=-2
         )
-        return {"embedding": embedding, "penultimate": penultimate, "patches": last[:, skipped:]}[need.kind]
+        return {"embedding": embedding, "penultimate": penultimate, "patches": last[:, skipped:]}
 
     return clip_vision.patcher, run
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +60,32 @@ class ClipTower(nn.Module):
         return self.model(pixels.to(_reference(self.model)))
 
     def penultimate(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels (b, 3, s, s) -> all tokens, [CLS] first, after the last block but one (b, 1 + n, width).
+        """`features` of that one kind; the last block is not run."""
+        return self.features(pixels, {"penultimate"})["penultimate"]
 
-        Without the final norm: transformers' `hidden_states[-2]`, ComfyUI's `penultimate_hidden_states`.
+    def features(self, pixels: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        """All `kinds` of normalised pixels (b, 3, s, s) by one forward pass, which ends where the last of them is known.
+
+        "embedding": what `forward` returns (b, out). "penultimate": all tokens, [CLS] first, after the last block but one
+        (b, 1 + n, width), without the final norm: transformers' `hidden_states[-2]`, ComfyUI's `penultimate_hidden_states`.
         """
+        if "penultimate" not in kinds:
+            return {"embedding": self(pixels)}
         blocks = self.model.trunk.blocks if hasattr(self.model, "trunk") else self.model.transformer.resblocks
         if len(blocks) < 2:
             raise ValueError("This CLIP tower has a single layer, so there is none before the last one.")
+        alone = "embedding" not in kinds
         found = self.model.forward_intermediates(
             pixels.to(_reference(self.model)),
             indices=[len(blocks) - 2],
-            stop_early=True,
-            intermediates_only=True,
+            stop_early=alone,
+            intermediates_only=alone,
             output_fmt="NLC",
             output_extra_tokens=True,
         )
         tokens = found["image_intermediates"] + found.get("image_intermediates_prefix", [])
-        return torch.cat(tokens[::-1], dim=1)  # [CLS] comes second, if there is one
+        features = {"penultimate": torch.cat(tokens[::-1], dim=1)}  # [CLS] comes second, if there is one
+        return features if alone else {**features, "embedding": found["image_features"]}
 
 
 class DinoTower(nn.Module):
@@ -94,6 +103,10 @@ class DinoTower(nn.Module):
         """Normalised pixels (b, 3, s, s) -> normed patch tokens (b, n, width), without [CLS] and registers."""
         tokens = self.model.forward_features(pixels.to(_reference(self.model)))
         return tokens[:, self.model.num_prefix_tokens :]
+
+    def features(self, pixels: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        """A DINO tower is asked for "patches" alone: what `forward` returns."""
+        return {"patches": self(pixels)}
 
     def cls(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (b, 3, s, s) -> normed [CLS] (b, width)."""

@@ -14,6 +14,7 @@ import pytest
 import test_load_and_encode as nodes_test
 import tiny
 import torch
+from flexip_pack.flexip_core.encoders import towers
 from flexip_pack.flexip_core.files import ip_adapter
 from flexip_pack.flexip_core.files.ip_adapter import IPAdapterFile, IPAdapterPair, SingleAdapter
 from flexip_pack.flexip_core.network.blocks import block_widths, cross_attentions
@@ -246,6 +247,30 @@ def test_one_encoder_serves_two_files_that_want_the_same(pair_world):
         2,
         24,
     )
+
+
+@pytest.mark.parametrize(
+    "names, nulls", [((PLUS, "auto"), 1), ((PLAIN, "auto"), 0), ((PLUS, PLAIN), 1), ((PLUS, PLUS), 1)]
+)
+def test_each_picture_passes_an_encoder_once_for_all_files_and_the_null_picture_once_per_encoder(
+    pair_world, monkeypatch, names, nulls
+):
+    seen = []
+    original = towers.ClipTower.features
+
+    def features(self, pixels, kinds):
+        seen.append((len(pixels), sorted(kinds)))
+        return original(self, pixels, kinds)
+
+    monkeypatch.setattr(towers.ClipTower, "features", features)
+    adapters = load(*names)
+    kinds = sorted({need.kind for need in adapters.network.needs()})
+    first = encode(adapters, picture(batch=3)).args[0]
+    assert seen == [(3, kinds)] + [(1, ["penultimate"])] * nulls
+    again = encode(adapters, picture(batch=3)).args[0]
+    assert seen[1 + nulls :] == [(3, kinds)], "the null picture's features are kept with the encoder"
+    for one, other in zip((first.features, first.null), (again.features, again.null)):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_features_are_cores_own(pair_world):

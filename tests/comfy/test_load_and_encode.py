@@ -12,11 +12,12 @@ import comfy.model_management as mm
 import folder_paths
 import pytest
 import torch
+from flexip_pack.flexip_core.encoders import towers
 from flexip_pack.flexip_core.files.checkpoint import save_checkpoint
 from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
 from flexip_pack.flexip_core.network.config import ClipConfig, DinoConfig
 from flexip_pack.flexip_core.untrained import mini
-from flexip_pack.nodes import encoders, files
+from flexip_pack.nodes import files
 from flexip_pack.nodes.encode import EncodeReference
 from flexip_pack.nodes.load import LoadFlexIPAdapters
 from safetensors.torch import load_file, save_file
@@ -274,15 +275,14 @@ def test_an_interrupt_stops_the_encoding_of_many_pictures(mini_models, monkeypat
     """As by the Cancel button while the first of them are with the first encoder."""
     passes = []
 
-    def runner(need, tower):
-        def run(pixels):
-            passes.append(need.name)
+    for tower in (towers.ClipTower, towers.DinoTower):
+
+        def features(self, pixels, kinds, original=tower.features):
+            passes.append(kinds)
             mm.interrupt_current_processing()
-            return tower(pixels)
+            return original(self, pixels, kinds)
 
-        return run
-
-    monkeypatch.setattr(encoders, "_tower_runner", runner)
+        monkeypatch.setattr(tower, "features", features)
     try:
         with pytest.raises(mm.InterruptProcessingException):
             encode(load(mini.MINI_FLEXIP), picture(batch=40))

@@ -110,6 +110,8 @@ def test_clip_embedding_and_penultimate_equal_transformers(tmp_path, layout):
     with torch.no_grad():
         theirs = hf(pixels, output_hidden_states=True)
         ours, penultimate = tower(pixels), tower.penultimate(pixels)
+        both = tower.features(pixels, {"embedding", "penultimate"})
+    assert torch.equal(both["embedding"], ours) and torch.equal(both["penultimate"], penultimate)
     assert theirs.image_embeds.std() > 0.1
     torch.testing.assert_close(ours, theirs.image_embeds, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(penultimate, theirs.hidden_states[-2], atol=1e-4, rtol=1e-4)
@@ -246,6 +248,8 @@ def test_open_clip_towers_around_timm_work(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(tower(pixels), model(pixels), atol=1e-5, rtol=1e-5)
         hidden = tower.penultimate(pixels)
+        both = tower.features(pixels, {"embedding", "penultimate"})
+        assert torch.equal(both["embedding"], tower(pixels)) and torch.equal(both["penultimate"], hidden)
         last = model.trunk.blocks[-1](hidden)
         torch.testing.assert_close(
             model.head(model.trunk.forward_head(model.trunk.norm(last))), model(pixels), atol=1e-4, rtol=1e-4
