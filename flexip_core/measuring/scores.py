@@ -20,7 +20,7 @@ PANEL = (560, 300)  # pixels
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """(n, d), (r, d) -> (n, r), the cosine of every pair; 0 where one of the two is 0."""
+    """(n, d), (r, d) -> (n, r), the cosine of every pair; 0 where one of the two is 0, and nearly so below a length of 1e-12."""
     return (normalize(a.double(), dim=1) @ normalize(b.double(), dim=1).t()).clamp(-1, 1)  # 1.0000000000000002
 
 

@@ -104,7 +104,7 @@ def check_tokens(model: torch.nn.Module, x: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["SD15", "Vega"])
 def test_tokens_of_every_block_follow_from_its_level_at_any_size(name: str) -> None:
-    @settings(max_examples=5, deadline=None)
+    @settings(max_examples=5)  # each walks a whole UNet
     @given(height=SIZES, width=SIZES)
     @example(height=9, width=13)
     @example(height=7, width=5)
@@ -116,7 +116,7 @@ def test_tokens_of_every_block_follow_from_its_level_at_any_size(name: str) -> N
     check()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)  # each runs a UNet
 @given(height=st.integers(3, 24), width=st.integers(3, 24))  # it is so narrow that torch refuses to norm 1 x 1
 @example(height=7, width=5)
 def test_tokens_of_a_model_that_computes_follow_from_the_levels(height: int, width: int) -> None:

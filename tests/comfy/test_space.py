@@ -60,7 +60,7 @@ def sampled(noise, positive=P, negative=N, **kwargs):
 
 
 def test_masks_of_any_size_and_number_act_per_token_on_latents_of_any_size(model, network):
-    @settings(max_examples=6, deadline=None, print_blob=False)
+    @settings(max_examples=6)  # each runs the UNet and the naive reference
     @given(
         st.tuples(st.integers(3, 13), st.integers(3, 13)),  # the latent
         st.tuples(st.integers(1, 40), st.integers(1, 40)),  # the mask

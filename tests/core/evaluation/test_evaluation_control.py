@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flexip_core.evaluation import control
@@ -307,7 +307,6 @@ grids = st.integers(2, 5).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=20)
 @given(grids, st.randoms(use_true_random=False))
 def test_the_order_of_rows_changes_nothing(grid, chance):
     subject = torch.tensor(grid, dtype=torch.float64)
@@ -318,7 +317,6 @@ def test_the_order_of_rows_changes_nothing(grid, chance):
     assert control.control(shuffled) == control.control(scores)
 
 
-@settings(deadline=None, max_examples=20)
 @given(grids)
 def test_every_case_twice_changes_nothing_but_the_counts(grid):
     subject = torch.tensor(grid, dtype=torch.float64)
@@ -333,7 +331,6 @@ def test_every_case_twice_changes_nothing_but_the_counts(grid):
             assert doubled[key] == (value if value is None else pytest.approx(value, abs=1e-5)), key
 
 
-@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.integers(0, 20).map(lambda v: v / 20), min_size=11, max_size=11),
     st.lists(st.tuples(st.integers(1, 99), st.integers(0, 20)), min_size=1, max_size=6, unique_by=lambda pair: pair[0]),
@@ -352,7 +349,6 @@ def test_looking_closer_never_makes_a_jump_smaller(curve, added):
     assert smoothness.steps(values, places)[1].max() <= values.max() - values.min() + 1e-9
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8))
 def test_hypervolume_is_the_share_of_points_that_are_beaten(points):
     side = torch.arange(0.5, 200) / 200

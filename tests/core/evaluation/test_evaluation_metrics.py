@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import transformers
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -67,7 +67,6 @@ def test_quality_is_a_half_where_both_prompts_are_as_near_and_follows_the_logist
     assert probability_of_good(picture, axes[0], axes[1]).item() == pytest.approx(1 / (1 + math.exp(-1)))
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(-3, 3), min_size=6, max_size=6), st.floats(0.1, 30))
 def test_quality_ignores_lengths_and_swapping_the_prompts_complements_it(numbers, factor):
     picture, good, bad = torch.tensor(numbers, dtype=torch.float64).view(3, 2)

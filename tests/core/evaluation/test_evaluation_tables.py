@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flexip_core.evaluation.published import COLUMNS, mean_ranks, table1
@@ -105,7 +105,6 @@ def test_the_interval_is_the_same_each_time_and_another_for_another_seed() -> No
     assert interval(sums, counts, seed=1) != interval(sums, counts)
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=8), st.integers(1, 5))
 def test_the_interval_holds_the_mean_and_lies_between_the_subjects(means: list[float], pictures: int) -> None:
     rows = [row(f"s{n}", mean, image) for n, mean in enumerate(means) for image in range(pictures)]

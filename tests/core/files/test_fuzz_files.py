@@ -5,32 +5,43 @@ weight files): one sentence with the file's name, whatever is in them.
 from __future__ import annotations
 
 import json
+import math
 import struct
 
 import pytest
 import torch
 import weight_files
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
-from weight_files import join, outcome, refused, split
+from weight_files import join, outcome, pairs, refused, split, whole
 
 KINDS = weight_files.kinds()
 NAMES = list(KINDS)
-FUZZ = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
-every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=NAMES)
 
 
-@pytest.fixture(autouse=True)
-def tiny_bases(monkeypatch):
-    weight_files.tiny_bases(monkeypatch)
+@pytest.fixture(autouse=True, scope="module")
+def tiny_bases():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        weight_files.tiny_bases(monkeypatch)
+        yield
 
 
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "my file.safetensors"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Puts bytes into a file whose name, which every refusal must hold, tells the case."""
+
+    def write(content, kind, what="my file", suffix=".safetensors"):
+        path = tmp_path / f"{kind.name}, {what}{suffix}"
+        path.write_bytes(content)
+        return path
+
+    return write
 
 
 def test_every_kind_of_file_loads_while_it_is_whole(path):
@@ -45,21 +56,13 @@ def ends(content: bytes, step: int) -> list[int]:
     return [*range(0, header + 1, step), *range(header + 1, len(content), max(1, len(content) // 20))]
 
 
-@every_kind
-def test_a_file_cut_off_at_any_byte_is_refused(kind, path):
-    """Every byte of the header in the long test; each kind starts elsewhere, so that all of them are met somewhere."""
-    start = NAMES.index(kind.name)
-    for end in [*ends(kind.content, 1)[start::11], len(kind.content) - 1]:
-        path.write_bytes(kind.content[:end])
-        refused(kind.read, path)
-
-
-@pytest.mark.long
-@every_kind
-def test_a_file_cut_off_at_every_byte_of_its_header_is_refused(kind, path):
-    for end in ends(kind.content, 1):
-        path.write_bytes(kind.content[:end])
-        refused(kind.read, path)
+@whole
+def test_a_file_cut_off_at_any_byte_is_refused(path, whole):
+    """Every byte of the header in the long run; each kind starts elsewhere, so that more of them are met somewhere."""
+    for start, kind in enumerate(KINDS.values()):
+        for end in [*ends(kind.content, 1)[start :: 1 if whole else 77], len(kind.content) - 1]:
+            path.write_bytes(kind.content[:end])
+            refused(kind.read, path)
 
 
 OTHER_THINGS = {
@@ -77,24 +80,22 @@ OTHER_THINGS = {
 }
 
 
-@every_kind
-@pytest.mark.parametrize("thing", OTHER_THINGS)
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_what_came_instead_of_the_weights_is_named(tmp_path, kind, thing, suffix):
-    content, words = OTHER_THINGS[thing]
-    path = tmp_path / f"my file{suffix}"
-    path.write_bytes(content)
-    assert words in refused(kind.read, path)
+@whole
+def test_what_came_instead_of_the_weights_is_named(write, whole):
+    named = [(thing, suffix) for suffix in (".safetensors", ".bin") for thing in OTHER_THINGS]
+    for kind, (thing, suffix) in pairs(KINDS, named, whole):
+        content, words = OTHER_THINGS[thing]
+        assert words in refused(kind.read, write(content, kind, thing, suffix))
 
 
-@every_kind
-def test_folders_pipes_and_missing_files_are_named(tmp_path, kind):
+def test_folders_pipes_and_missing_files_are_named(tmp_path):
     import os
 
     (tmp_path / "folder.safetensors").mkdir()
     os.mkfifo(tmp_path / "pipe.safetensors")  # opening one would wait for ever
-    for name, words in (("folder", "is a folder"), ("pipe", "is not a file"), ("none", "does not exist")):
-        assert words in refused(kind.read, tmp_path / f"{name}.safetensors")
+    for kind in KINDS.values():
+        for name, words in (("folder", "is a folder"), ("pipe", "is not a file"), ("none", "does not exist")):
+            assert words in refused(kind.read, tmp_path / f"{name}.safetensors"), kind.name
 
 
 def first_tensor(header: dict) -> str:
@@ -143,71 +144,65 @@ HEADER_FAULTS = {
 }  # fmt: skip
 
 
-@every_kind
-@pytest.mark.parametrize("fault", HEADER_FAULTS)
-def test_a_false_header_is_refused(kind, path, fault):
-    path.write_bytes(HEADER_FAULTS[fault](kind.content))
-    refused(kind.read, path)
+@whole
+def test_a_false_header_is_refused(write, whole):
+    for kind, fault in pairs(KINDS, HEADER_FAULTS, whole):
+        refused(kind.read, write(HEADER_FAULTS[fault](kind.content), kind, fault))
 
 
-@every_kind
-def test_a_name_that_stands_twice_is_refused(kind, path):
-    header, data = split(kind.content)
-    key = first_tensor(header)
-    twice = json.dumps(header)[:-1] + f", {json.dumps(key)}: {json.dumps(header[key])}" + "}"
-    path.write_bytes(join(twice.encode(), data))
-    assert "twice" in refused(kind.read, path)
+def test_a_name_that_stands_twice_is_refused(write):
+    for kind in KINDS.values():
+        header, data = split(kind.content)
+        key = first_tensor(header)
+        twice = json.dumps(header)[:-1] + f", {json.dumps(key)}: {json.dumps(header[key])}" + "}"
+        assert "twice" in refused(kind.read, write(join(twice.encode(), data), kind))
 
 
-@every_kind
-def test_tensors_that_overlap_or_leave_gaps_are_refused(kind, path):
-    header, data = split(kind.content)
-    by_place = sorted((key for key in header if key != "__metadata__"), key=lambda key: header[key]["data_offsets"])
-    first, second = (dict(header[key]) for key in by_place[:2])
-    size = [end - begin for begin, end in (first["data_offsets"], second["data_offsets"])]
-    second["data_offsets"] = [0, size[1]]  # over the first one
-    path.write_bytes(join({**header, by_place[1]: second}, data))
-    assert "damaged" in refused(kind.read, path)
-    for key in by_place:
-        header[key]["data_offsets"] = [offset + 8 for offset in header[key]["data_offsets"]]
-    path.write_bytes(join(header, bytes(8) + data))
-    assert "gap" in refused(kind.read, path)
+def test_tensors_that_overlap_or_leave_gaps_are_refused(write):
+    for kind in KINDS.values():
+        header, data = split(kind.content)
+        by_place = sorted((key for key in header if key != "__metadata__"), key=lambda key: header[key]["data_offsets"])
+        first, second = (dict(header[key]) for key in by_place[:2])
+        size = [end - begin for begin, end in (first["data_offsets"], second["data_offsets"])]
+        second["data_offsets"] = [0, size[1]]  # over the first one
+        assert "damaged" in refused(kind.read, write(join({**header, by_place[1]: second}, data), kind))
+        for key in by_place:
+            header[key]["data_offsets"] = [offset + 8 for offset in header[key]["data_offsets"]]
+        assert "gap" in refused(kind.read, write(join(header, bytes(8) + data), kind))
 
 
-@every_kind
-@pytest.mark.parametrize(
-    "dtype", ["int8", "int64", "uint8", "bool", "complex64", "float8_e4m3fn", "float64", "bfloat16"]
-)
-def test_another_dtype_loads_or_is_refused_by_name(kind, path, dtype):
-    """Whole numbers would compute nonsense in silence; float8 is a storage format and is cast when it is used."""
-    header = split(kind.content)[0]
-    tensors = {key: value.to(getattr(torch, dtype)) for key, value in load(kind.content).items()}
-    path.write_bytes(save(tensors, header.get("__metadata__")))
-    found = outcome(kind.read, path)
-    whole = not getattr(torch, dtype).is_floating_point
-    assert isinstance(found, str) == (whole or kind.name == "reference" and dtype in ("float8_e4m3fn", "float64")), (
-        found
-    )
-    assert not whole or dtype in found
+DTYPES = ("int8", "int64", "uint8", "bool", "complex64", "float8_e4m3fn", "float64", "bfloat16")
 
 
-@every_kind
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "float8_e5m2"])
-def test_weights_that_are_not_numbers_are_refused(kind, path, value, dtype):
+@whole
+def test_another_dtype_loads_or_is_refused_by_name(write, whole):
+    """Whole numbers would compute nonsense in silence; float8 is a storage format and is cast when it is used. Only
+    references are particular about floats, so that these meet all dtypes."""
+    for kind, name in [*pairs(KINDS, DTYPES, whole), *((KINDS["reference"], name) for name in DTYPES)]:
+        dtype = getattr(torch, name)
+        tensors = {key: value.to(dtype) for key, value in load(kind.content).items()}
+        found = outcome(kind.read, write(save(tensors, split(kind.content)[0].get("__metadata__")), kind, name))
+        whole_numbers = not dtype.is_floating_point
+        particular = kind.name == "reference" and name in ("float8_e4m3fn", "float64")
+        assert isinstance(found, str) == (whole_numbers or particular), (kind.name, name, found)
+        assert not whole_numbers or name in found
+
+
+@whole
+def test_weights_that_are_not_numbers_are_refused(write, whole):
     """They would draw black pictures (rows 4 and 19)."""
-    header, tensors = split(kind.content)[0], load(kind.content)
-    key = sorted(tensors)[-1]
-    tensors[key].view(-1)[-1] = value
-    if not (kind.name == "reference" and dtype.startswith("float8")):
-        tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
-    path.write_bytes(save(tensors, header.get("__metadata__")))
-    text = refused(kind.read, path)
-    assert "not numbers" in text and key in text
+    values, dtypes = (float("nan"), float("inf"), -float("inf")), ("float32", "float16", "float8_e5m2")
+    for kind, (value, dtype) in pairs(KINDS, [(value, dtype) for value in values for dtype in dtypes], whole):
+        header, tensors = split(kind.content)[0], load(kind.content)
+        key = sorted(tensors)[-1]
+        tensors[key].view(-1)[-1] = value
+        if not (kind.name == "reference" and dtype.startswith("float8")):
+            tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+        text = refused(kind.read, write(save(tensors, header.get("__metadata__")), kind, f"{value} {dtype}"))
+        assert "not numbers" in text and key in text
 
 
 @given(st.sampled_from(NAMES), st.data())
-@FUZZ
 def test_flipped_header_bytes_load_or_are_refused(tmp_path_factory, name, data):
     kind, path = KINDS[name], tmp_path_factory.getbasetemp() / "flipped.safetensors"
     content = bytearray(kind.content)
@@ -219,7 +214,6 @@ def test_flipped_header_bytes_load_or_are_refused(tmp_path_factory, name, data):
 
 
 @given(st.sampled_from(NAMES), st.floats(0, 1, exclude_max=True), st.integers(0, 255))
-@FUZZ
 def test_changed_data_bytes_load_or_are_refused(tmp_path_factory, name, place, value):
     kind, path = KINDS[name], tmp_path_factory.getbasetemp() / "changed.safetensors"
     content = bytearray(kind.content)
@@ -229,30 +223,27 @@ def test_changed_data_bytes_load_or_are_refused(tmp_path_factory, name, place, v
     outcome(kind.read, path)
 
 
-SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 28, 63, 64, 65, 2**31]), max_size=5)
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 28, 63, 64, 65, 2**31]), max_size=5).filter(
+    lambda shape: math.prod(shape) <= 10_000 and shape.count(2**31) < 2  # what torch can make, and quickly
+)
 
 
 @given(st.sampled_from(NAMES), st.data())
-@FUZZ
 def test_any_shapes_in_place_of_the_right_ones_load_or_are_refused(tmp_path_factory, name, data):
     """The header is sound, and the tensors are there: only they are not what the names promise."""
     kind, path = KINDS[name], tmp_path_factory.getbasetemp() / "shapes.safetensors"
     header, tensors = split(kind.content)[0], load(kind.content)
     for key in data.draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=3)):
         shape = data.draw(SHAPES)
-        size = 1
-        for side in shape:
-            size *= side
         if data.draw(st.integers(0, 9)) == 0:
             tensors.pop(key, None)
-        elif size <= 10_000:
+        else:
             tensors[key] = torch.ones(shape)
     path.write_bytes(save(tensors, header.get("__metadata__")))
     outcome(kind.read, path)
 
 
 @given(st.sampled_from(["plain", "plus"]), st.data())
-@FUZZ
 def test_any_shapes_in_an_ip_adapter_load_or_are_refused(tmp_path_factory, family, data):
     path = tmp_path_factory.getbasetemp() / "shapes.safetensors"
     tensors = weight_files.ip_adapter_tensors(family)
@@ -260,7 +251,7 @@ def test_any_shapes_in_an_ip_adapter_load_or_are_refused(tmp_path_factory, famil
     assert not isinstance(outcome(KINDS["ip-adapter"].read, path), str)
     projection = sorted(key for key in tensors if key.startswith("image_proj."))
     for key in data.draw(st.lists(st.sampled_from(projection), min_size=1, max_size=2)):
-        tensors[key] = torch.ones([side for side in data.draw(SHAPES) if side < 100])
+        tensors[key] = torch.ones(data.draw(SHAPES))
     path.write_bytes(save(tensors))
     outcome(KINDS["ip-adapter"].read, path)
 
@@ -287,7 +278,6 @@ FIELDS = [(), ("base",), ("blocks",), ("text_width",), ("clip",), ("clip", "visi
 @example({"input.1.0.preservation": 8}, ("blocks",))
 @example({"training.1.0": 8}, ("blocks",))
 @example("two\nlines", ("base",))
-@FUZZ
 def test_any_json_in_a_checkpoints_config_loads_or_is_refused(tmp_path_factory, value, where):
     path = tmp_path_factory.getbasetemp() / "config.safetensors"
     header, data = split(KINDS["flexip"].content)
@@ -301,20 +291,16 @@ def test_any_json_in_a_checkpoints_config_loads_or_is_refused(tmp_path_factory, 
     outcome(KINDS["flexip"].read, path)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[" * 500 + "]" * 500, "[" * 90_000, '{"base": 1e999}', "9" * 5000, "\0", "null"]
-)
-def test_a_config_that_is_no_config_is_refused(path, text):
-    header, data = split(KINDS["flexip"].content)
-    for key, kind in (("flexip.config", "flexip"), ("flexip.needs", "reference")):
-        header, data = split(KINDS[kind].content)
-        header["__metadata__"][key] = text
-        path.write_bytes(join(header, data))
-        assert "damaged" in refused(KINDS[kind].read, path)
+def test_a_config_that_is_no_config_is_refused(path):
+    for text in ("", "{", "[" * 500 + "]" * 500, "[" * 90_000, '{"base": 1e999}', "9" * 5000, "\0", "null"):
+        for key, kind in (("flexip.config", "flexip"), ("flexip.needs", "reference")):
+            header, data = split(KINDS[kind].content)
+            header["__metadata__"][key] = text
+            path.write_bytes(join(header, data))
+            assert "damaged" in refused(KINDS[kind].read, path), (kind, text[:20])
 
 
 @given(st.binary(max_size=300))
-@FUZZ
 def test_any_bytes_are_refused(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.bin"
     path.write_bytes(content)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from networks import config
 from safetensors import safe_open
@@ -89,7 +89,6 @@ def assert_same(got: Reference, expected: Reference) -> None:
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     st.integers(0, 9),
 )
-@settings(max_examples=30, deadline=None)
 def test_a_round_trip_brings_back_every_bit(tmp_path_factory, needs, pictures, tokens, dtype, seed):
     saved = reference(needs, pictures, tokens, dtype, seed)
     path = tmp_path_factory.getbasetemp() / f"round trip{SUFFIX}"
@@ -362,7 +361,6 @@ def file_for(tmp_path_factory) -> Path:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
 def test_a_few_flipped_bytes_load_or_are_refused(tmp_path_factory, data):
     path = file_for(tmp_path_factory)
     save_reference(reference(), path)
@@ -386,7 +384,6 @@ JSON = st.recursive(
 @given(JSON, st.sampled_from([(), (0,), (0, "name"), (0, "encoder"), (0, "encoder", "vision_cfg"), (0, "width"), (1,)]))
 @example([], (0, "kind"))
 @example({"a": {"b": {"c": []}}}, (0, "encoder", "model"))
-@settings(max_examples=150, deadline=None)
 def test_any_json_in_the_metadata_loads_or_is_refused(tmp_path_factory, value, where):
     path = file_for(tmp_path_factory)
     save_reference(reference(), path)
@@ -417,7 +414,6 @@ def test_any_json_in_the_metadata_loads_or_is_refused(tmp_path_factory, value, w
     ),
     st.integers(0, 400),
 )  # fmt: skip
-@settings(max_examples=200, deadline=None)
 def test_any_list_of_tensors_loads_or_is_refused(tmp_path_factory, tensors, size):
     path = file_for(tmp_path_factory)
     save_reference(reference(), path)
@@ -428,7 +424,6 @@ def test_any_list_of_tensors_loads_or_is_refused(tmp_path_factory, tensors, size
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=100, deadline=None)
 def test_any_bytes_are_refused(tmp_path_factory, content):
     path = file_for(tmp_path_factory)
     path.write_bytes(content)

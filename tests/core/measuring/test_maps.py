@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flexip_core.files.ip_adapter import IPAdapterPair
@@ -102,7 +102,6 @@ def test_a_share_is_the_size_of_the_addition_over_the_mean_size_of_the_texts(gat
         torch.testing.assert_close(got[:, number], expected)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     mode=st.sampled_from(["outputs", "tokens"]),
     mask=st.sampled_from([None, "exists", "bias"]),
@@ -289,7 +288,6 @@ def test_a_text_repeated_to_the_length_of_a_longer_one_keeps_its_shares():
 # ---- from blocks to one map
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))
 def test_a_map_laid_over_the_latent_keeps_constants_and_places(height, width, level):
     side = 2**level

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -56,10 +56,11 @@ def test_a_score_needs_a_reference():
         image_scores(torch.ones(2, 3), torch.ones(0, 3))
 
 
-vectors = st.lists(st.lists(st.floats(-9, 9), min_size=3, max_size=3), min_size=1, max_size=4).map(torch.tensor)
+# A feature has a length near 1 or more; of what is shorter than 1e-12 `cosine` says 0, as of nothing.
+numbers = st.floats(-9, 9).filter(lambda value: value == 0 or abs(value) > 1e-9)
+vectors = st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=1, max_size=4).map(torch.tensor)
 
 
-@settings(max_examples=50, deadline=None)
 @given(vectors, vectors, st.floats(0.1, 50))
 def test_cosines_lie_between_minus_one_and_one_and_ignore_length(a, b, factor):
     found = cosine(a, b)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -13,7 +13,6 @@ from flexip_core.measuring import smoothness
 values = st.lists(st.integers(-5, 5), min_size=3, max_size=12)
 
 
-@settings(deadline=None)
 @given(values)
 def test_spearman_agrees_with_scipy_ties_included(curve):
     curve = torch.tensor(curve, dtype=torch.float64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flexip_core.pictures.crop import CROPS, GROUND, normalise, prepare
@@ -34,7 +34,6 @@ def box_mask(height: int, width: int, top: int, bottom: int, left: int, right: i
     return mask
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     height=st.integers(1, 90),
     width=st.integers(1, 90),
@@ -67,7 +66,6 @@ def test_any_picture_becomes_a_square_of_legal_colours(
         assert torch.allclose(square[..., 0], square[..., 2])
 
 
-@settings(max_examples=60, deadline=None)
 @given(height=st.integers(1, 60), width=st.integers(1, 60), value=st.floats(0, 1), crop=st.sampled_from(CROPS[:3]))
 def test_a_plain_picture_stays_plain(height, width, value, crop):
     square = prepare(torch.full((height, width, 3), value), None, crop, 28)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flexip_core.pictures.plots import COLOURS, Canvas, Series, line_plot, ticks
@@ -144,7 +144,6 @@ def lines(draw):
     return Series(draw(words), xs, ys, spread, draw(st.booleans()))
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(lines(), max_size=3), words, words, words, st.lists(st.tuples(numbers, words), max_size=3), st.booleans()
 )

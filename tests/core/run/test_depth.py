@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flexip_core.network.adapters import ADAPTERS
@@ -165,7 +165,6 @@ NAMES = st.one_of(
 ENTRIES = st.lists(st.tuples(NAMES, st.floats(0, STRONGEST, allow_subnormal=False)), min_size=1, max_size=12)
 
 
-@settings(max_examples=300, deadline=None)
 @given(ENTRIES, st.sampled_from([",", ";", "\n", " ,\n"]))
 def test_any_list_gives_each_block_the_last_entry_that_names_it(
     entries: list[tuple[str, float]], separator: str
@@ -179,7 +178,6 @@ def test_any_list_gives_each_block_the_last_entry_that_names_it(
         assert got == (of_block or of_all or [1.0])[-1]
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="abcdefilmnoptu.=,; \n0123456789-+_\u0663", max_size=40))
 def test_any_text_is_a_list_or_one_sentence_that_names_the_input(text: str) -> None:
     try:

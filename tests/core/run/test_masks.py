@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flexip_core.run.masks import as_masks, for_rows, on_grid, on_latent
@@ -25,7 +25,6 @@ def touched(pixels, cells, cell):
     return range(cell * pixels // cells, math.ceil((cell + 1) * pixels / cells))
 
 
-@settings(deadline=None)
 @given(SIZES, LATENTS, st.integers(0, 99))
 @example((3, 500), (8, 8), 0)
 @example((1, 1), (9, 13), 1)
@@ -43,14 +42,12 @@ def test_a_latent_cell_is_the_mean_of_the_pixels_that_it_touches(size, latent, s
                 assert cells[row, column] == 0
 
 
-@settings(deadline=None)
 @given(SIZES, LATENTS)
 def test_white_stays_exactly_one_and_black_exactly_zero(size, latent):
     assert (on_latent(torch.zeros(1, *size), *latent) == 0).all()
     assert (on_latent(torch.ones(1, *size), *latent) - 1).abs().max() < 1e-6
 
 
-@settings(deadline=None)
 @given(LATENTS, st.integers(0, 3), st.integers(0, 99))
 @example((9, 13), 2, 0)
 @example((1, 1), 3, 1)
@@ -69,7 +66,6 @@ def test_a_token_is_the_mean_of_its_cells_on_the_grid_that_the_unet_has(latent, 
             assert ((tokens[:, row, column] == 0) == (own == 0).all(dim=2).all(dim=1)).all()
 
 
-@settings(deadline=None)
 @given(st.data(), LATENTS, st.integers(1, 5), st.integers(0, 99))
 def test_every_row_sees_its_own_part_of_its_own_mask(data, latent, masks, seed):
     """Areas, tiles and windows may lie anywhere and may skip rows and columns."""
@@ -89,7 +85,6 @@ def test_every_row_sees_its_own_part_of_its_own_mask(data, latent, masks, seed):
         assert seen[number].tolist() == [[float(value) for value in line] for line in expected]
 
 
-@settings(deadline=None)
 @given(LATENTS, LATENTS, st.integers(1, 3), st.integers(1, 4))
 def test_without_a_view_the_mask_lies_over_all_that_a_call_shows(latent, call, masks, rows):
     whole = random_mask(1, masks, *latent)

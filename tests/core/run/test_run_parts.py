@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flexip_core.network.attention import (
@@ -155,7 +155,6 @@ def added(branches, call, row=None):
     return out
 
 
-@settings(max_examples=60, deadline=None)
 @given(LINKS, st.tuples(*[st.one_of(st.just({}), st.builds(lambda own: {0: own}, OWNS))] * 3), CALLS, SIGMAS)
 @example(THREE_REGIONS, ({0: Own(SETS[-1], (0.6,), 1.0)}, {}, {}), ([(0, 0), (1, 1), (2, 0)], True), 0.7)
 def test_each_row_of_a_call_gets_what_it_would_get_alone(link, owns, call, sigma):
@@ -172,7 +171,6 @@ def test_each_row_of_a_call_gets_what_it_would_get_alone(link, owns, call, sigma
             torch.testing.assert_close(together[key][number], alone[key][0], rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(LINKS, min_size=1, max_size=2),
     st.lists(st.tuples(CALLS, SIGMAS), min_size=2, max_size=8),
@@ -243,7 +241,6 @@ def _structure(part, objects):
     return out
 
 
-@settings(max_examples=300, deadline=None)
 @given(LINKS, LINKS, CALLS, SIGMAS)
 def test_runs_of_one_name_have_one_structure(first, second, call, sigma):
     """torch.compile goes by the name alone."""
@@ -254,7 +251,6 @@ def test_runs_of_one_name_have_one_structure(first, second, call, sigma):
         assert name != other
 
 
-@settings(max_examples=30, deadline=None)
 @given(LINKS, CALLS, SIGMAS)
 def test_another_gate_strength_or_seed_keeps_the_name(link, call, sigma):
     """Nothing is compiled again for a number. (A gate of a row that differs from the others is another structure at most in its maps.)"""
@@ -305,7 +301,6 @@ def branch(seed, rows, tokens, kind):
 KINDS = st.sampled_from(["none", "bool", "numbers"])
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["outputs", "tokens"]),
     st.tuples(KINDS, KINDS),
@@ -337,7 +332,6 @@ def test_a_block_adds_the_formula_token_by_token(mode, kinds, gates, strengths, 
                 assert torch.equal(got[row, token], base[row, token])
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 def test_a_whole_weight_counts_like_so_many_copies(first, second, texts):
     parts = [tuple(randn(seed, texts, tokens, WIDTH) for seed in (n, n + 1)) for n, tokens in ((1, 3), (4, 2))]
@@ -351,7 +345,6 @@ def test_a_whole_weight_counts_like_so_many_copies(first, second, texts):
     )
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 2), st.integers(1, 5), KINDS), min_size=1, max_size=3))
 def test_stacked_rows_of_different_length_and_mask_attend_as_alone(shapes):
     parts = [branch(10 * n, rows, tokens, kind) for n, (rows, tokens, kind) in enumerate(shapes)]
@@ -361,7 +354,6 @@ def test_stacked_rows_of_different_length_and_mask_attend_as_alone(shapes):
     torch.testing.assert_close(attention(q, stacked.k, stacked.v, HEADS, stacked.mask), torch.cat(alone))
 
 
-@settings(deadline=None)
 @given(KINDS, KINDS)
 def test_joined_masks_keep_every_tokens_own(first, second):
     parts = [branch(1, 2, 3, first), branch(5, 2, 4, second)]

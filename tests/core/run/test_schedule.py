@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flexip_core.run.schedule import (
@@ -124,7 +124,6 @@ def test_ease_in_leaves_slowly_and_ease_out_arrives_slowly():
     assert curve["ease in-out"](0.25) < 0.1 and curve["ease in-out"](0.75) > 0.9
 
 
-@settings(max_examples=20)
 @given(part, part)
 def test_all_presets_differ_visibly(start, end):
     assume(abs(start - end) > 0.1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import training_fakes as fakes
 import training_folders as made
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexip_core.training import entries as entries_module
@@ -218,7 +218,8 @@ def test_another_size_needs_other_entries_and_says_so(tmp_path):
 STEPS = st.lists(st.sampled_from(sorted(CHANGES)), max_size=4)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# each fills several caches
+@settings(max_examples=8)
 @given(STEPS)
 def test_after_any_changes_the_cache_equals_a_new_one(tmp_path_factory, steps):
     tmp_path = tmp_path_factory.mktemp("cache")

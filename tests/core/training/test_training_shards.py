@@ -12,7 +12,7 @@ import torch
 import training_fakes as fakes
 import training_folders as made
 import webdataset as wds
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -52,7 +52,7 @@ NAMES = st.text("ab .1-é_", min_size=1, max_size=6).filter(lambda s: s.strip(" 
 VIEW = st.tuples(st.sampled_from(["png", "jpg", "JPG"]), st.booleans(), st.booleans())
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12)  # each writes, packs and unpacks a folder
 @given(
     st.dictionaries(NAMES, st.dictionaries(NAMES, VIEW, min_size=1, max_size=10), min_size=1, max_size=3),
     st.sampled_from([1, 3000, 2**30]),
