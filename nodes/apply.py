@@ -9,12 +9,12 @@ from comfy_api.v0_0_2 import io
 
 from ..flexip_core.network.blocks import block_levels, block_widths
 from ..flexip_core.network.config import DinoConfig, FeatureNeed
+from ..flexip_core.pictures.crop import as_masks
 from ..flexip_core.run.chain import Link
 from ..flexip_core.run.depth import BlockStrengths
-from ..flexip_core.run.masks import as_masks
 from ..flexip_core.run.reference import Reference, ReferenceSet
 from ..flexip_core.run.schedule import GateBatch, GateCurve
-from . import runtime
+from . import notices, runtime
 from .checks import check_numbers
 from .errors import named
 from .load import LoadedAdapters
@@ -130,7 +130,7 @@ class ApplyFlexIPGate(io.ComfyNode):
                 start_percent=start_percent,
                 end_percent=end_percent,
                 title=adapters.title,
-                node_id=cls.hidden.unique_id if cls.hidden else None,
+                node_id=notices.id_of(cls),
                 mask=None if mask is None else as_masks(mask, "The mask"),
                 gate_mask=None if gate_mask is None else as_masks(gate_mask, "The gate mask"),
                 depth=None if blocks is None else blocks.resolve(block_levels(model.model.diffusion_model)),

@@ -141,11 +141,7 @@ class FlexIPAutoGate(io.ComfyNode):
         clip_vision: str,
         dino: str,
     ) -> io.NodeOutput:
-        links = runtime.links_of(model)
-        if not links:
-            raise ValueError(
-                f"{NODE}: the model has no FlexIP gate. Put Apply FlexIP Gate between the checkpoint and this node."
-            )
+        links = runtime.gated_links(model, NODE)
         if links[-1].silent:
             raise ValueError(
                 f"{NODE}: the last Apply FlexIP Gate has strength 0, so no gate changes anything. Raise its strength."
@@ -179,7 +175,7 @@ class FlexIPAutoGate(io.ComfyNode):
             return np.array(rows)
 
         gates, scores = auto_gate.FIRST_ROUND, measure(auto_gate.FIRST_ROUND)
-        wanted = target if target_is == SCORE else auto_gate.as_score(target, gates, scores)
+        wanted = target if target_is == SCORE else auto_gate.as_score(target, scores)
         finer = auto_gate.second_round(gates, scores, wanted)
         if finer:
             order = np.argsort((*gates, *finer))
@@ -188,7 +184,7 @@ class FlexIPAutoGate(io.ComfyNode):
         found = auto_gate.find_gate(gates, scores, wanted)
         report = in_words(found, gates, scores, wanted, steps, scorer)
         logging.info("FlexIP Auto Gate\n%s", report)
-        notices.send(report, cls.hidden.unique_id if cls.hidden else None)
+        notices.tell(cls, report)
         plot = curve(found, gates, scores, wanted, scorer.name)
         return io.NodeOutput(
             with_gates(model, (found.gate,)), found.gate, plot, report, ui=ui.PreviewImage(plot, cls=cls)
@@ -243,7 +239,7 @@ def in_words(
         f"{scores.size} pictures of {steps} steps ({noises} noises, {len(gates)} gates); between gates {found.step:.2g} apart it is a straight line; full runs may score differently"
     )
     lines.append(f"by {scorer.label}" + (f" ({scorer.note})" if scorer.note else ""))
-    return ".\n".join(lines)
+    return notices.sentences(lines)
 
 
 def curve(found: Found, gates: tuple[float, ...], scores: np.ndarray, wanted: float, name: str) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..flexip_core.run.masks import as_masks
+from ..flexip_core.pictures.crop import as_masks
 from ..flexip_core.run.reference import COMBINE, Reference, ReferenceSet
 from ..flexip_core.run.schedule import parse_numbers
 from .errors import named

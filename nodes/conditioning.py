@@ -80,7 +80,7 @@ class FlexIPConditioning(io.ComfyNode):
         check_numbers(NODE, 0, 1, gate=gate)
         check_numbers(NODE, 0, 5, strength=strength)
         own = Own(reference, (gate,) if gate_schedule is None else gate_schedule, strength)
-        reminder = Reminder(cls.hidden.unique_id if cls.hidden else None)
+        reminder = Reminder(notices.id_of(cls))
         out = []
         for entry in conditioning:
             model_conds = {**entry[1].get("model_conds", {}), REMINDER: reminder}

@@ -70,8 +70,8 @@ class FlexIPBlocks(io.ComfyNode):
                 f"{depth.NODE}: the model ({type(model.model).__name__}) is not a UNet with text cross-attentions, so it has no blocks. Wire the SD1.5 or SDXL model that Apply FlexIP Gate gets."
             )
         # as progress text, too: the page shows a text output only on its own preview nodes
-        text = strengths.in_words(levels)
-        notices.send(text, cls.hidden.unique_id if cls.hidden else None)
+        text = notices.sentences(strengths.in_words(levels))
+        notices.tell(cls, text)
         return io.NodeOutput(strengths, ui=ui.PreviewText(text))
 
 

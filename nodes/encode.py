@@ -10,8 +10,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..flexip_core.encoders.towers import image_size
 from ..flexip_core.network.config import FeatureNeed
-from ..flexip_core.pictures.crop import CROPS, prepare
-from ..flexip_core.run.masks import as_masks
+from ..flexip_core.pictures.crop import CROPS, as_masks, prepare
 from ..flexip_core.run.reference import Reference
 from . import encoders, files
 from .compat import KEEP_PREVIEW

@@ -83,7 +83,7 @@ def features(
         patcher = owner[repr(encoder)] = _patcher(encoder, path)
         mm.load_models_gpu([patcher], memory_required=_memory(pictures), force_full_load=True)
         run, source = patcher.model.features, os.path.basename(path)
-    pixels = crop.normalise(pictures, *towers.statistics(encoder))
+    pixels = crop.normalise(pictures, *towers.normalisation(encoder))
 
     def encode(pixels: torch.Tensor, kinds: set[str]) -> Features:
         mm.throw_exception_if_processing_interrupted()

@@ -13,6 +13,7 @@ from comfy_api.v0_0_2 import io, ui
 from ..flexip_core.measuring import maps
 from ..flexip_core.network.blocks import block_levels
 from ..flexip_core.pictures.contact_sheet import contact_sheet
+from ..flexip_core.pictures.heat import overlay
 from . import notices, runtime
 from .checks import check_latent, check_numbers
 from .compat import KEEP_PREVIEW
@@ -156,7 +157,7 @@ class FlexIPAttentionMaps(io.ComfyNode):
         end_percent: float = 1.0,
         seed: int = 0,
     ) -> io.NodeOutput:
-        links = runtime.links_of(model)
+        links = runtime.gated_links(model, NODE)
         check_latent(NODE, "latent", latent, model)
         check_numbers(NODE, 0, 1, start_percent=start_percent, end_percent=end_percent)
         if image is not None:
@@ -182,7 +183,7 @@ class FlexIPAttentionMaps(io.ComfyNode):
         result = recorder.mean.result()  # (g, b, h, w)
         report = in_words(show, labels, result, chosen, recorder, links, [*notes, *warnings_in(run_report)])
         logging.info("FlexIP attention maps\n%s", report)
-        notices.send(report, cls.hidden.unique_id if cls.hidden else None)
+        notices.tell(cls, report)
 
         pictures = pictures_of(image, vae, latent["samples"])
         masks = F.interpolate(result, size=pictures.shape[1:3], mode="bilinear").flatten(0, 1)
@@ -201,10 +202,6 @@ def check(
     end_percent: float,
 ) -> None:
     samples = latent["samples"]
-    if not links:
-        raise ValueError(
-            f"{NODE}: the model has no FlexIP gate. Wire the model from Apply FlexIP Gate, the same that the sampler got."
-        )
     if show != WORDS and all(link.silent for link in links):
         raise ValueError(f"{NODE}: every Apply FlexIP Gate has strength 0, so the reference adds nothing. Raise one.")
     if show == WORDS_ADDED and not any(link.network.reads_text("personalization") for link in links if not link.silent):
@@ -328,11 +325,11 @@ def in_words(
         ),
         *notes,
     ]
-    return ".\n".join(lines)  # full stops, because the page's new nodes show line breaks as spaces
+    return notices.sentences(lines)
 
 
 def warnings_in(report: str) -> list[str]:
-    return [part for part in report.replace("\n\n", ".\n").split(".\n") if part.startswith(notices.WARNING)]
+    return [part for part in report.replace("\n\n", notices.END).split(notices.END) if part.startswith(notices.WARNING)]
 
 
 def pictures_of(image: torch.Tensor | None, vae: Any, samples: torch.Tensor) -> torch.Tensor:
@@ -345,7 +342,7 @@ def draw(pictures: torch.Tensor, result: torch.Tensor, labels: list[str]) -> tor
     size = [round(side * SHEET / min(pictures.shape[1:3])) for side in pictures.shape[1:3]]
     pictures = F.interpolate(pictures.movedim(-1, 1), size=size, mode="bilinear", antialias=True).movedim(1, -1)
     scaled = result / result.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
-    heats = [maps.overlay(pictures, group) for group in F.interpolate(scaled, size=size, mode="bilinear")]
+    heats = [overlay(pictures, group) for group in F.interpolate(scaled, size=size, mode="bilinear")]
     labels, columns = ["picture", *labels], [pictures, *heats]
     bands = [
         contact_sheet(torch.cat(columns[first : first + COLUMNS]), labels[first : first + COLUMNS])

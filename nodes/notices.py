@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+from comfy_api.v0_0_2 import io
 
 from ..flexip_core.run.chain import Link
 
@@ -12,6 +14,7 @@ WARNING = "WARNING: "
 # what begins a tag, an entity, a link of the page's own kind (and its stand-in), or joins the two halves of a Markdown link
 _MARKUP = re.compile(r"<(?=[a-zA-Z/!?])|&(?=[a-zA-Z#])|\[(?=\[)|__LNK(?=\d)|\](?=[(\[:])")
 _ZERO_WIDTH_SPACE = "\u200b"
+END = ".\n"  # of a sentence that others follow
 
 
 def publish(paragraphs: Sequence[str], links: Sequence[Link], listener: Callable[[str], None] | None) -> None:
@@ -22,6 +25,21 @@ def publish(paragraphs: Sequence[str], links: Sequence[Link], listener: Callable
         listener(report)
     for link, paragraph in zip(links, paragraphs):
         send(paragraph, link.node_id)
+
+
+def sentences(lines: Iterable[str]) -> str:
+    """One text of them; with full stops, because the page's new nodes show line breaks as spaces."""
+    return END.join(lines)
+
+
+def id_of(node: type[io.ComfyNode]) -> str | None:
+    """Of the node in the page whose execute runs; None where there is no page."""
+    return node.hidden.unique_id if node.hidden else None
+
+
+def tell(node: type[io.ComfyNode], text: str) -> None:
+    """Onto the node whose execute runs."""
+    send(text, id_of(node))
 
 
 def warn(text: str, node_id: str | None) -> None:
@@ -40,7 +58,7 @@ def send(text: str, node_id: str | None) -> None:
     if client is None:  # nobody waits; and without a client the server tells everybody, whatever their page shows
         return
     server.send_progress_text(without_markup(text), node_id, client)
-    warnings = [part.removeprefix(WARNING) for part in text.split(".\n") if part.startswith(WARNING)]
+    warnings = [part.removeprefix(WARNING) for part in text.split(END) if part.startswith(WARNING)]
     # sent without warnings, too: they take the last run's away
     server.send_sync("flexip.warnings", {"node": node_id, "warnings": warnings}, client)
 

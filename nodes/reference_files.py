@@ -69,7 +69,7 @@ class FlexIPSaveReference(io.ComfyNode):
             f"saved in the output folder as {_shown(os.path.join(subfolder, file))}: "
             f"{reference.count} picture(s), {os.path.getsize(path) / 1e6:.1f} MB, {reference.encoders}"
         )
-        notices.send(text, cls.hidden.unique_id if cls.hidden else None)
+        notices.tell(cls, text)
         return io.NodeOutput(ui={"text": (text,), "files": [ui.SavedResult(file, subfolder, io.FolderType.output)]})
 
 

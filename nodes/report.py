@@ -12,7 +12,7 @@ from ..flexip_core.run.chain import Link
 from ..flexip_core.run.projection import Conditioning
 from ..flexip_core.run.reference import as_set
 from ..flexip_core.run.run import LinkRun, Run
-from .notices import WARNING
+from .notices import WARNING, sentences
 from .slots import hidden_neighbours, lost_blocks
 
 MOST_NUMBERS = 12  # of a schedule or a batch, written out
@@ -52,7 +52,7 @@ def _link(run: LinkRun, guider: Any, steps: list[float], seconds: float) -> str:
         f"K/V: {counters.projected} projected, {counters.from_cache} reused",
     ]
     lines += [f"note: {text}" for text in _notes(run)]
-    return ".\n".join(lines)  # full stops, because the page's new nodes show line breaks as spaces
+    return sentences(lines)
 
 
 def _acts(link: Link, address: str) -> bool:

@@ -40,6 +40,16 @@ def links_of(model: Any) -> tuple[Link, ...]:
     return model.model_options["transformer_options"].get(LINKS, ())
 
 
+def gated_links(model: Any, node: str) -> tuple[Link, ...]:
+    """As `links_of`, for a node that is of no use without a gate."""
+    links = links_of(model)
+    if not links:
+        raise ValueError(
+            f"{node}: the model has no FlexIP gate. Put Apply FlexIP Gate between the checkpoint and this node."
+        )
+    return links
+
+
 def with_links(model: Any, links: tuple[Link, ...]) -> Any:
     """A clone of `model` with other links in the same places of the chain."""
     model = model.clone()

@@ -126,11 +126,7 @@ class FlexIPSampler(io.ComfyNode):
         vae: Any = None,
         strengths: str = "",
     ) -> io.NodeOutput:
-        links = runtime.links_of(model)
-        if not links:
-            raise ValueError(
-                f"{NODE}: the model has no FlexIP gate. Put Apply FlexIP Gate between the checkpoint and this node."
-            )
+        links = runtime.gated_links(model, NODE)
         check_latent(NODE, "latent_image", latent_image, model)
         check_numbers(NODE, 0, 100, cfg=cfg)
         check_numbers(NODE, 0, 1, denoise=denoise)

@@ -101,7 +101,7 @@ class FlexIPGateSchedule(io.ComfyNode):
             # who drew one may have turned to a preset since; a wire is there to be used
             (notices.warn if made == WIRED else notices.send)(
                 f"the {made} curve is not used, because preset is '{preset}'; set preset to 'curve' to use it",
-                cls.hidden.unique_id if cls.hidden else None,
+                notices.id_of(cls),
             )
             title += f" (the {made} curve is not used)"
         return io.NodeOutput(gate, ui=ui.PreviewImage(preview(gate, title, model, sigmas), cls=cls))

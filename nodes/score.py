@@ -119,7 +119,7 @@ class FlexIPScore(io.ComfyNode):
         found = (clip_i, dino_score(images, reference_image, dino, needs), clip_t)
         report, plot = scores.report(found, values), scores.plot(found, values)
         logging.info("FlexIP Score\n%s", report)
-        notices.send(report, cls.hidden.unique_id if cls.hidden else None)
+        notices.tell(cls, report)
         shown = {"text": (report,)}  # for other programs: the page shows this only on core's own text nodes
         if plot is None:
             plot = ExecutionBlocker(f"{NODE}: no score is available, so there is no plot; the report says why.")

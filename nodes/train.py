@@ -207,7 +207,7 @@ class FlexIPTrain(io.ComfyNode):
                 mm.soft_empty_cache()
                 training.background.start(cfg, export=adapters)
                 report = f"Training of {folder.name} has begun; look at it with FlexIP Training Status.\n{found.text()}"
-        notices.send(report, cls.hidden.unique_id if cls.hidden else None)
+        notices.tell(cls, report)
         return io.NodeOutput(run, report, ui={"text": (report,)})  # for other programs: the page does not draw it
 
 
@@ -267,7 +267,7 @@ class FlexIPTrainingStatus(io.ComfyNode):
         shown = ui.PreviewImage(losses, cls=cls).as_dict()
         if found.previews:  # each at its own size
             shown["images"] = [*shown["images"], *ui.PreviewImage(preview, cls=cls).values]
-        notices.send(text, cls.hidden.unique_id if cls.hidden else None)
+        notices.tell(cls, text)
         return io.NodeOutput(text, losses, preview, ui={**shown, "text": (text,)})
 
 

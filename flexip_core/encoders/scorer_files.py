@@ -237,7 +237,7 @@ def prepare(scorer: ScorerFile, pictures: Tensor) -> Tensor:
     squares = torch.stack([crop.prepare(picture, None, "center", scorer.resize) for picture in pictures])
     edge = (scorer.resize - scorer.crop) // 2
     squares = squares[:, edge : edge + scorer.crop, edge : edge + scorer.crop]
-    return crop.normalise(squares, *towers.statistics(scorer.encoder))
+    return crop.normalise(squares, *towers.normalisation(scorer.encoder))
 
 
 def _what(header: Header, file: EncoderFile | None) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..files.weights import name_of, read_header, read_weights
 from ..network.config import ClipConfig, DinoConfig
+from ..pictures import crop
 from . import layouts
 from .layouts import EncoderFile, TowerShape, describe
 
@@ -197,9 +198,23 @@ def image_size(cfg: ClipConfig | DinoConfig) -> int:
     return _blueprint(cfg).image_size
 
 
-def statistics(cfg: ClipConfig | DinoConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation(cfg: ClipConfig | DinoConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel by which the pixels for the tower of `cfg` are normalised."""
     return _blueprint(cfg).mean, _blueprint(cfg).std
+
+
+def pixels_for(tower: ClipTower | DinoTower, pictures: Tensor) -> Tensor:
+    """(b, 3, h, w) in -1..1 -> normalised pixels (b, 3, s, s), as crop.prepare and crop.normalise make them, on any device."""
+    size = tower.image_size
+    height, width = pictures.shape[2:]
+    scale = size / min(height, width)
+    shape = round(scale * height), round(scale * width)
+    seen = (pictures + 1) / 2
+    if shape != (height, width):
+        seen = nn.functional.interpolate(seen, size=shape, mode="bicubic", antialias=True)
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    squares = seen[:, :, top : top + size, left : left + size]
+    return crop.normalise(squares.clamp(0, 1).movedim(1, -1), tower.mean, tower.std)
 
 
 def describe_model(cfg: ClipConfig | DinoConfig) -> str:

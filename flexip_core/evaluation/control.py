@@ -76,7 +76,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class GateComparison:
     ours: Control
     baseline: Control
     differences: tuple[str, ...]  # in how they were sampled, one sentence each
@@ -309,7 +309,7 @@ def refined(coarse: Scores, fine: Scores) -> Scores:
 # Two methods ---------------------------------------------------------------------------------------------------------
 
 
-def compare(ours: Scores, baseline: Scores, columns: Columns = PRIMARY) -> Comparison:
+def compare(ours: Scores, baseline: Scores, columns: Columns = PRIMARY) -> GateComparison:
     """Both sweeps by the same measures, the area in the box around both.
 
     ValueError, one sentence, if they have other cases, other models behind a column, or not as many gates.
@@ -336,7 +336,7 @@ def compare(ours: Scores, baseline: Scores, columns: Columns = PRIMARY) -> Compa
         else mine
         for line, mine, other in zip(_LINES, found.measures, theirs.measures, strict=True)
     )
-    return Comparison(dataclasses.replace(found, measures=measures), theirs, _differences(ours, baseline))
+    return GateComparison(dataclasses.replace(found, measures=measures), theirs, _differences(ours, baseline))
 
 
 def _differences(a: Scores, b: Scores) -> tuple[str, ...]:
@@ -352,19 +352,19 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def to_json(result: Control | Comparison) -> dict[str, Any]:
+def to_json(result: Control | GateComparison) -> dict[str, Any]:
     return dataclasses.asdict(result)
 
 
-def markdown(result: Control | Comparison) -> str:
-    if isinstance(result, Comparison):
+def markdown(result: Control | GateComparison) -> str:
+    if isinstance(result, GateComparison):
         return _side_by_side(result)
     header = ["measure", "score", "value", "wants", "met", "note"]
     rows = [[m.name, m.column, _number(m.value), m.wants, _yes(m.met), m.note] for m in result.measures]
     return "\n\n".join([_about(result), _models(result), _grid(header, rows)])
 
 
-def _side_by_side(result: Comparison) -> str:
+def _side_by_side(result: GateComparison) -> str:
     ours, theirs = result.ours, result.baseline
     header = ["measure", "score", ours.method, theirs.method, "wants", f"{ours.method} meets", f"{theirs.method} meets"]
     rows, notes = [], []

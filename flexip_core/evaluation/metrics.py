@@ -68,7 +68,7 @@ def square(picture: Image.Image, scorer: ScorerFile) -> Tensor:
         (side - scorer.crop) // 2 if scorer.kind == "clip" else round((side - scorer.crop) / 2) for side in size
     )
     middle = scaled.crop((left, top, left + scorer.crop, top + scorer.crop))
-    return pixels(middle, *scorer_files.towers.statistics(scorer.encoder))
+    return pixels(middle, *scorer_files.towers.normalisation(scorer.encoder))
 
 
 # --- encoders ---

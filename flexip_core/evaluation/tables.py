@@ -258,7 +258,7 @@ def _in_table_1(comparison: Comparison) -> list[str]:
         return []
     printed, published_scores = printed_mean_ranks(), table1()
     ours = [
-        (line.placed, [f"**{_ours(line.label)}**", _rank(line.placed), "–", *_means(comparison, line)])
+        (line.placed, [f"**{_ours(line.label)}**", _rank(line.placed), "–", *_means(line)])
         for line in comparison.lines
     ]
     theirs = [
@@ -281,7 +281,7 @@ def _in_table_1(comparison: Comparison) -> list[str]:
     ]
 
 
-def _means(comparison: Comparison, line: Line) -> list[str]:
+def _means(line: Line) -> list[str]:
     return [f"{line.scores[column].mean:.3f}" if column in line.scores else "–" for column in COLUMNS]
 
 

@@ -29,7 +29,7 @@ from ..network.attention import Branch, attention, decoupled_attention
 from ..network.gate import Numbers, gated_branches
 from ..pictures.crop import normalise, prepare
 
-Branches = Mapping[str, tuple[Branch, ...]]
+BlockBranches = Mapping[str, tuple[Branch, ...]]
 """Block address -> what the block's cross-attention adds."""
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")  # whose arithmetic GatedProcessor repeats
 
@@ -41,7 +41,7 @@ def branches(
     gates: Numbers,
     strengths: Numbers = (1.0,),
     adapters: Iterable[str] = ADAPTERS,
-) -> Branches:
+) -> BlockBranches:
     """K and V of every block for "cls" (b, clip width), "patches" (b, p, dino width) and text (b, t, w).
 
     `gates` and `strengths`: one number, or one per row. `adapters`: those that take part.
@@ -65,7 +65,7 @@ def guided(
     no_text: torch.Tensor,
     gates: Numbers = (0.6,),
     strengths: Numbers = (1.0,),
-) -> Branches:
+) -> BlockBranches:
     """`branches` for a pipeline with classifier-free guidance, which runs the negative rows first.
 
     text and no_text (b, t, w) as pipe.encode_prompt gives them (with negative_prompt "", as ComfyUI has it). One reference serves
@@ -110,7 +110,7 @@ def _floats(picture: Image.Image) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def gated(unet: nn.Module, branches: Branches) -> Iterator[None]:
+def gated(unet: nn.Module, branches: BlockBranches) -> Iterator[None]:
     """While it lasts, every call of `unet` adds `branches`; then its own attention processors are back.
 
     Raises ValueError where the blocks are not those of this UNet, RuntimeError where another library holds an attention.

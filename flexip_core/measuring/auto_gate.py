@@ -66,7 +66,7 @@ def find_gate(gates: Sequence[float], scores: np.ndarray, target: float) -> Foun
     )
 
 
-def as_score(target: float, gates: Sequence[float], scores: np.ndarray) -> float:
+def as_score(target: float, scores: np.ndarray) -> float:
     """A target given as a share of the reachable range: 0 is the mean score at the first gate, 1 the best mean score."""
     mean = scores.mean(axis=0)
     return float(mean[0] + target * (mean.max() - mean[0]))

@@ -11,7 +11,6 @@ h x w what a call shows of the latent H x W.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,10 +20,10 @@ import torch.nn.functional as F
 from ..network.adapters import ADAPTERS
 from ..network.attention import Branch, attention, decoupled_attention
 from ..run.chain import Branches, Link, Row
+from ..run.lists import blocks_under, split_list
 from ..run.run import LinkRun
 
 CHUNK = 2**24  # attention weights held at once: 64 MB
-_SEPARATORS = re.compile(r"[,;，；、\n]")
 
 
 class Block(NamedTuple):
@@ -48,10 +47,9 @@ Measure = Callable[[Sequence[LinkRun], Block], torch.Tensor | None]
 
 def choose_blocks(text: str, addresses: Sequence[str]) -> tuple[str, ...]:
     """ "output, middle.0.3" -> the model's addresses that begin so, part by part; "all" is every one."""
-    names = [part.strip() for part in _SEPARATORS.split(text.lower()) if part.strip()]
-    chosen = set()
-    for name in names:
-        covered = [address for address in addresses if name == "all" or f"{address}.".startswith(f"{name}.")]
+    chosen: set[str] = set()
+    for name in split_list(text.lower()):
+        covered = addresses if name == "all" else blocks_under(name, addresses)
         if not covered:
             blocks = ", ".join(dict.fromkeys(address.rpartition(".")[0] for address in addresses))
             raise ValueError(
@@ -257,32 +255,4 @@ def chosen_words(words: Sequence[Word], wanted: Mapping[str, Sequence[str]]) -> 
 
 def split_words(text: str) -> list[str]:
     """ "cat, red hat" -> ["cat", "red hat"]"""
-    return list(dict.fromkeys(" ".join(part.split()) for part in _SEPARATORS.split(text) if part.strip()))
-
-
-# matplotlib's "inferno" at equal distances: even steps in lightness, also for the colour-blind
-_INFERNO = (
-    (0, 0, 4),
-    (31, 12, 72),
-    (85, 15, 109),
-    (136, 34, 106),
-    (186, 54, 85),
-    (227, 89, 51),
-    (249, 140, 10),
-    (249, 201, 50),
-    (252, 255, 164),
-)
-
-
-def heat(values: torch.Tensor) -> torch.Tensor:
-    """(..., h, w) in 0..1 -> (..., h, w, 3): dark is 0, light yellow is 1."""
-    table = torch.tensor(_INFERNO, dtype=torch.float32) / 255
-    place = values.clamp(0, 1) * (len(table) - 1)
-    below = place.long().clamp_max(len(table) - 2)
-    return torch.lerp(table[below], table[below + 1], (place - below).unsqueeze(-1))
-
-
-def overlay(pictures: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Pictures (b, h, w, 3), maps (b, h, w) in 0..1 -> the heat over the picture in grey, denser where it is higher."""
-    grey = pictures @ torch.tensor([0.299, 0.587, 0.114])
-    return torch.lerp(grey.unsqueeze(-1), heat(values), 0.5 + 0.35 * values.clamp(0, 1).unsqueeze(-1))
+    return list(dict.fromkeys(" ".join(part.split()) for part in split_list(text)))

@@ -14,9 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..encoders import towers
 from ..encoders.towers import ClipTower, DinoTower, build_clip_tower, build_dino_tower
 from ..network.config import ClipConfig, DinoConfig
-from ..pictures import crop
 from . import world
 from .optimizer import warm_cosine
 from .text import TextEncoder
@@ -56,8 +56,8 @@ def shrink(images: Tensor) -> Tensor:
 
 
 def pixels_for(tower: ClipTower | DinoTower, pictures: Tensor) -> Tensor:
-    """(b, 3, 16, 16) in -1..1 -> what the tower reads, (b, 3, 64, 64): enlarged last, which is the same and cheaper"""
-    return _wide(crop.normalise((pictures * 0.5 + 0.5).movedim(1, -1), tower.mean, tower.std))
+    """(b, 3, 16, 16) in -1..1 -> what the tower reads, (b, 3, 64, 64)"""
+    return towers.pixels_for(tower, _wide(pictures))
 
 
 def _wide(pictures: Tensor) -> Tensor:

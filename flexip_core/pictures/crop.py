@@ -41,7 +41,7 @@ def prepare(image: Tensor, mask: Tensor | None, crop: str, size: int) -> Tensor:
         raise ValueError(f"The size of the prepared picture must be a whole number of pixels above 0, got {size!r}.")
     image = _check_image(image)
     alpha = image[..., 3].clamp(0, 1) if image.shape[2] == 4 else None
-    subject = _check_mask(mask) if mask is not None else alpha
+    subject = as_masks(mask, "The mask").amax(0) if mask is not None else alpha
     picture = image[..., :3] if image.shape[2] >= 3 else image.expand(-1, -1, 3)
     if alpha is not None:
         picture = picture * alpha[..., None]
@@ -70,6 +70,21 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (pixels - mean) / std
 
 
+def as_masks(mask: torch.Tensor, name: str) -> torch.Tensor:
+    """A ComfyUI MASK of 2 to 4 dimensions, one or a batch -> (m, height, width), float32 in 0..1 on the CPU."""
+    if not isinstance(mask, torch.Tensor) or not 2 <= mask.ndim <= 4:
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"{name} has the shape {shape} instead of height x width; connect a mask.")
+    if mask.numel() == 0:
+        raise ValueError(f"{name} has no pixels; connect a mask.")
+    if mask.ndim == 4 and mask.shape[3] == 1 != mask.shape[1]:  # (b, h, w, 1), as some packs make it
+        mask = mask[..., 0]
+    mask = mask.detach().reshape(-1, *mask.shape[-2:]).to("cpu", torch.float32)
+    if not finite(mask):
+        raise ValueError(f"{name} contains values that are not numbers (NaN or infinite); connect another mask.")
+    return mask.clamp(0, 1)
+
+
 def finite(values: Tensor) -> bool:
     """Whether all are numbers. `isfinite` would make copies of a picture."""
     low, high = values.aminmax()  # both NaN if one value is
@@ -95,21 +110,6 @@ def _check_image(image: Tensor) -> Tensor:
     if max(-image.min().item(), image.max().item()) > _ABSURD:
         image = image.clamp(0, 1)
     return image
-
-
-def _check_mask(mask: Tensor) -> Tensor:
-    """One mask (h, w)."""
-    if not isinstance(mask, Tensor) or not 2 <= mask.ndim <= 4:
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"The mask has the shape {shape} instead of height x width; connect a mask.")
-    if mask.numel() == 0:
-        raise ValueError("The mask has no pixels; connect a mask.")
-    mask = mask.detach().to("cpu", torch.float32)
-    if not finite(mask):
-        raise ValueError("The mask contains values that are not numbers (NaN or infinite); connect another mask.")
-    if mask.ndim == 4 and mask.shape[3] == 1 != mask.shape[1]:  # (b, h, w, 1), as some packs make it
-        mask = mask[..., 0]
-    return mask.reshape(-1, *mask.shape[-2:]).amax(0)
 
 
 def _resize(picture: Tensor, height: int, width: int) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..network.adapters import ADAPTERS
+from .lists import blocks_under, split_list
 
 NODE = "FlexIPBlocks"  # named in every message: a list may fail at the node that takes it to a model
 PRESETS = ("all", "composition only", "style only", "coarse", "fine")
@@ -20,7 +21,6 @@ LIST = "list"
 STRONGEST = 5.0
 
 Levels = Mapping[str, int]
-_SEPARATORS = re.compile(r"[,;，；、\n]")
 _ENTRY = re.compile(r"(all|(?:input|middle|output)(?:\.[0-9]+){0,2})\s*[=＝]\s*(\S+)")
 
 
@@ -43,8 +43,8 @@ class BlockStrengths:
         """Adapter -> block address -> factor of the strength, for every block of the model."""
         return {adapter: _resolve(getattr(self, adapter), levels, f"{NODE}: {adapter}") for adapter in ADAPTERS}
 
-    def in_words(self, levels: Levels) -> str:
-        """One line per adapter, "preservation: 1 in output.1; 0.5 in input.4, input.5; 0 elsewhere"."""
+    def in_words(self, levels: Levels) -> list[str]:
+        """One sentence per adapter, "preservation: 1 in output.1; 0.5 in input.4, input.5; 0 elsewhere"."""
         lines = []
         for adapter, strengths in self.resolve(levels).items():
             groups: dict[float, list[str]] = {}
@@ -52,7 +52,7 @@ class BlockStrengths:
                 groups.setdefault(strength, []).append(address)
             parts = [f"{s:g} in {_names(groups[s], levels)}" for s in sorted(groups, reverse=True) if s]
             lines.append(f"{adapter}: {'; '.join(parts + ['0 elsewhere'] * (0.0 in groups))}")
-        return ".\n".join(lines)  # full stops, because the page's new nodes show line breaks as spaces
+        return lines
 
 
 def spec(adapter: str, choice: str, text: str) -> Spec:
@@ -71,7 +71,7 @@ def parse(text: str, where: str) -> tuple[tuple[str, float], ...]:
 
     `where` begins the message of an error: "FlexIPBlocks: preservation_list".
     """
-    entries = tuple(_entry(part.strip(), where) for part in _SEPARATORS.split(text.lower()) if part.strip())
+    entries = tuple(_entry(part, where) for part in split_list(text.lower()))
     if not entries:
         raise ValueError(f"{where} is empty. Write at least one block and its strength, such as output.1=1, all=0.")
     return entries
@@ -112,7 +112,7 @@ def _by_list(entries: tuple[tuple[str, float], ...], levels: Levels, where: str)
     strengths = dict.fromkeys(levels, dict(entries).get("all", 1.0))
     unknown = []
     for name, strength in entries:
-        covered = [address for address in levels if f"{address}.".startswith(f"{name}.")]
+        covered = blocks_under(name, levels)
         strengths.update(dict.fromkeys(covered, strength))
         if not covered and name != "all":
             unknown.append(name)

@@ -1,4 +1,4 @@
-"""Masks over the picture: from a ComfyUI MASK of any size to one factor per image token of a UNet block.
+"""Masks over the picture: from masks of any size (pictures/crop.as_masks) to one factor per image token of a UNet block.
 
 Shape legend: m masks, b rows of a UNet call, H x W the whole latent, h x w what a call shows of it, gh x gw a block's grid.
 """
@@ -9,21 +9,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-
-
-def as_masks(mask: torch.Tensor, name: str) -> torch.Tensor:
-    """A ComfyUI MASK of 2 to 4 dimensions, one or a batch -> (m, height, width), float32 in 0..1 on the CPU."""
-    if not isinstance(mask, torch.Tensor) or not 2 <= mask.ndim <= 4:
-        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"{name} has the shape {shape} instead of height x width; connect a mask.")
-    if mask.numel() == 0:
-        raise ValueError(f"{name} has no pixels; connect a mask.")
-    if mask.ndim == 4 and mask.shape[3] == 1 != mask.shape[1]:  # (b, h, w, 1), as some packs make it
-        mask = mask[..., 0]
-    mask = mask.detach().reshape(-1, *mask.shape[-2:]).to("cpu", torch.float32)
-    if not mask.isfinite().all():
-        raise ValueError(f"{name} contains values that are not numbers (NaN or infinite); connect another mask.")
-    return mask.clamp(0, 1)
 
 
 def on_latent(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:

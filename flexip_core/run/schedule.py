@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .lists import SEPARATORS
+
 SWITCH = (0.4, 0.6)  # where "identity first" and "style first" change over
 GRID = tuple(i / 100 for i in range(101))
 
@@ -140,7 +142,7 @@ MOST_NUMBERS = 4096
 def parse_numbers(text: str, low: float, high: float, what: str, most: int = MOST_NUMBERS) -> tuple[float, ...]:
     """ "0, 0.25 1" -> (0.0, 0.25, 1.0); empty text -> (). `what` begins the message of an error: "FlexIPSampler: gates"."""
     values = []
-    for word in filter(None, re.split(r"[,;，；、\s]+", text)):
+    for word in filter(None, re.split(rf"[{SEPARATORS}\s]+", text)):
         try:
             value = float(word)
         except ValueError:

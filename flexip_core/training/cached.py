@@ -13,7 +13,7 @@ import torch
 from .base import Base, Text
 from .choice import DEFAULTS, MEMORY, Choice, Loader, check_size
 from .data import ALL, INVARIANT, VARIANT, Batch, Captions
-from .dataset import DataSet, phrases_of, scan
+from .dataset import DataSet, part_of, phrases_of
 from .entries import KEPT, Contents, Entries, Memo, Names, check_identity, kinds_of
 from .pictures import CUTS, CutOptions, fixed_cuts, reference
 
@@ -153,7 +153,7 @@ class CachedBase:
 
 def cached(
     base: Base,
-    data: str | os.PathLike,
+    data: str | os.PathLike | DataSet,
     size: int,
     cache: str | os.PathLike,
     identity: Mapping[str, str],
@@ -161,5 +161,5 @@ def cached(
     **options: Any,
 ) -> tuple[CachedBase, CachedSource]:
     """Base and source for the trainer, over what `fill` has kept."""
-    source = CachedSource(scan(data, part), size, cache, identity, **options)
+    source = CachedSource(part_of(data, part), size, cache, identity, **options)
     return CachedBase(base, source.entries, identity), source

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
 from .config import DropoutConfig, TrainConfig
 
@@ -50,85 +49,6 @@ class PairSource(Protocol):
         Everything is drawn for the whole batch, then only these rows are read and made: of several processes that train
         together each makes its own, and all of them together are the batch that one process would make.
         """
-
-
-class PicturePairs:
-    """Pairs from pictures in memory.
-
-    pictures (n, 3, h, w) in -1..1, captions of each (n, phrases) or n texts in phrases, subjects (n,): pictures of the same
-    number show the same subject, -1 a loose picture, which is used as invariant data only. An invariant reference shows a part
-    of its target that covers `crop` (smallest, largest) of the area, or all of it with the chance `whole`.
-    """
-
-    def __init__(
-        self,
-        pictures: torch.Tensor,
-        captions: Captions,
-        subjects: torch.Tensor,
-        phrases: tuple[str, ...] = (),
-        crop: tuple[float, float] = (0.6, 1.0),
-        whole: float = 0.5,
-    ):
-        if not len(pictures) == len(captions) == len(subjects):
-            raise ValueError(
-                f"Training data: {len(pictures)} pictures, {len(captions)} captions and {len(subjects)} subject numbers; "
-                "give one caption and one subject number per picture."
-            )
-        self.all, self.captions, self.phrases, self.crop, self.whole = pictures, captions, phrases, crop, whole
-        shown = subjects >= 0
-        self._order = torch.argsort(subjects, stable=True)[(~shown).sum() :]  # subject by subject
-        self._names, self._counts = torch.unique_consecutive(subjects[self._order], return_counts=True)
-        self._starts = self._counts.cumsum(0) - self._counts
-
-    def views(self) -> dict[str, int]:
-        return {str(name): count for name, count in zip(self._names.tolist(), self._counts.tolist())}
-
-    def pictures(self) -> int:
-        return len(self.all)
-
-    def batch(self, kinds: torch.Tensor, generator: torch.Generator, rows: slice = ALL) -> Batch:
-        b = len(kinds)
-        draws = torch.rand(7, b, generator=generator, dtype=torch.float64)
-        targets = (draws[0] * len(self.all)).long()
-        references = targets
-        if len(self._counts):
-            first, second = self._two_views(*draws[1:4])
-            targets = torch.where(kinds == VARIANT, first, targets)
-            references = torch.where(kinds == VARIANT, second, targets)
-        part = (kinds == INVARIANT) & (draws[4] >= self.whole)
-        area = self.crop[0] + (self.crop[1] - self.crop[0]) * draws[5]
-        place = torch.zeros(b, 2, dtype=torch.float64)
-        place[part] = torch.rand(int(part.sum()), 2, generator=generator, dtype=torch.float64)
-        kinds, targets, references, part, area, place = (
-            t[rows] for t in (kinds, targets, references, part, area, place)
-        )
-        pictures = self.all[references]
-        if part.any():
-            pictures[part] = crops(pictures[part], area[part], place[part])
-        captions = self.captions
-        chosen = captions[targets] if isinstance(captions, torch.Tensor) else [captions[i] for i in targets.tolist()]
-        return Batch(self.all[targets], pictures, chosen, kinds)
-
-    def _two_views(
-        self, subject: torch.Tensor, one: torch.Tensor, other: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numbers of two different pictures of one subject per row, from draws in 0..1."""
-        subject = (subject * len(self._counts)).long()
-        count = self._counts[subject]
-        one = (one * count).long()
-        other = (one + 1 + (other * (count - 1)).long()) % count
-        return self._order[self._starts[subject] + one], self._order[self._starts[subject] + other]
-
-
-def crops(pictures: torch.Tensor, area: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """A part of each picture (b, 3, h, w), scaled up to the whole size: `area` (b,) of it, at `place` (b, 2), all in 0..1."""
-    size = area.sqrt()
-    centre = (2 * place - 1) * (1 - size).unsqueeze(1)
-    matrix = torch.zeros(len(pictures), 2, 3, dtype=pictures.dtype)
-    matrix[:, 0, 0] = matrix[:, 1, 1] = size.to(pictures.dtype)
-    matrix[:, :, 2] = centre.to(pictures.dtype)
-    grid = F.affine_grid(matrix.to(pictures.device), list(pictures.shape), align_corners=False)
-    return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def drop_phrases(

@@ -154,6 +154,11 @@ def scan(
     return DataSet(store, part, cfg, tuple(subjects), tuple(loose), tuple(unused))
 
 
+def part_of(data: str | os.PathLike | Store | DataSet, part: str = "train") -> DataSet:
+    """As `scan`; what was scanned already is taken as it is."""
+    return data if isinstance(data, DataSet) else scan(data, part)
+
+
 def _group(folder: str, inner: str, views: list[View], cfg: DataConfig) -> Group:
     match = _REPEATS.fullmatch(inner) if cfg.repeats else None
     repeats = int(match[1]) if match else 1

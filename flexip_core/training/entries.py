@@ -90,7 +90,7 @@ class Entries:
         self._shard_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         self._new: dict[str, torch.Tensor] = {}
-        self._new_bytes = 0
+        self._pending = 0  # bytes of them
         self._lock = threading.Lock()
         for shard in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -120,9 +120,10 @@ class Entries:
                 "Cache: an encoder gave values beyond half precision (or none at all); train without a cache, or "
                 "look for damaged pictures with `check`."
             )
+        replaced = self._new.get(name)
         self._new[name] = value
-        self._new_bytes += value.nbytes
-        if self._new_bytes >= SHARD_BYTES or len(self._new) >= SHARD_ENTRIES:
+        self._pending += value.nbytes - (0 if replaced is None else replaced.nbytes)
+        if self._pending >= SHARD_BYTES or len(self._new) >= SHARD_ENTRIES:
             self.flush()
 
     def flush(self) -> None:
@@ -133,7 +134,7 @@ class Entries:
             write_atomically(path, save(self._new))
             self._open.pop(path, None)
             self._shard_of |= dict.fromkeys(self._new, path)
-            self._new, self._new_bytes = {}, 0
+            self._new, self._pending = {}, 0
 
     def bytes(self) -> int:
         return sum(shard.stat().st_size for shard in self.folder.glob("*.safetensors"))

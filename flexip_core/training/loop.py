@@ -26,6 +26,7 @@ from ..files.weights import write_atomically
 from ..integrations.diffusers import block_widths, branches, gated, text_projections
 from ..network.adapters import FlexIPNetwork
 from ..network.config import FlexIPConfig
+from ..network.gate import Numbers
 from .base import Base, Probe, Text
 from .checkpointing import Progress, load_into, read_state, save_state, state_tensors, states
 from .config import DropoutConfig, GateConfig, TrainConfig
@@ -44,7 +45,6 @@ from .ranks import Ranks, TrainingError
 from .recompute import set_recompute
 
 LOG, BEST, FINAL = "log.jsonl", "best.safetensors", "final.safetensors"
-Numbers = tuple[float, ...]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..integrations.diffusers import Branches, branches, gated
+from ..integrations.diffusers import BlockBranches, branches, gated
 from ..network.adapters import ADAPTERS, FlexIPNetwork
 from .base import Base
 from .data import Captions
@@ -48,7 +48,7 @@ def draw(
     half = next(base.unet.parameters()).dtype == torch.bfloat16
 
     @lru_cache
-    def at(value: float) -> Branches:
+    def at(value: float) -> BlockBranches:
         return branches(network, both, text.tokens, (value,), adapters=adapters)
 
     def attached(done: float) -> contextlib.AbstractContextManager:

@@ -20,16 +20,15 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..encoders.text_tower import tokenize
-from ..encoders.towers import ClipTower, DinoTower, load_tower
+from ..encoders.towers import ClipTower, DinoTower, load_tower, pixels_for
 from ..files.weights import name_of, read_tensors
 from ..network.adapters import ADAPTERS
 from ..network.config import ClipConfig, DinoConfig
-from ..pictures import crop
 from .base import Task, Text
 from .cached import cached
 from .config import TrainConfig, check_task
 from .data import Captions
-from .dataset import scan
+from .dataset import open_store, scan
 from .entries import check_place, file_identity
 from .image_encoders import encoder_in
 from .probe import PictureProbe, choose_cases
@@ -161,20 +160,6 @@ class SDBase:
         """What a probe compares, of pictures (n, 3, h, w) in -1..1: the features, and "dino" (n, width), its [CLS]."""
         pixels = pixels_for(self.dino_tower, pictures.to(self.device, torch.float32))
         return {"dino": self.dino_tower.cls(pixels), **self.features(pictures)}
-
-
-def pixels_for(tower: ClipTower | DinoTower, pictures: Tensor) -> Tensor:
-    """(b, 3, h, w) in -1..1 -> normalised pixels (b, 3, s, s), as crop.prepare and crop.normalise make them, on any device."""
-    size = tower.image_size
-    height, width = pictures.shape[2:]
-    scale = size / min(height, width)
-    shape = round(scale * height), round(scale * width)
-    seen = (pictures + 1) / 2
-    if shape != (height, width):
-        seen = nn.functional.interpolate(seen, size=shape, mode="bicubic", antialias=True)
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    squares = seen[:, :, top : top + size, left : left + size]
-    return crop.normalise(squares.clamp(0, 1).movedim(1, -1), tower.mean, tower.std)
 
 
 def _encode(module: nn.Module, text: TextEncoder, prompts: Sequence[str], last: bool) -> tuple[Tensor, Tensor | None]:
@@ -323,12 +308,15 @@ def make(
     if cache is not None:
         check_place(cache, data)
     base = SDBase.load(checkpoint, clip_vision, dino, device, run.precision if run else "fp32")
+    store = open_store(data)
+    pictures = scan(store)
     probe = None
     if probe_cases:
-        part = "val" if _has_val(data) else "train"
-        if part == "train":
+        shown = scan(store, "val")
+        if not (shown.subjects or shown.loose):
             logging.info("%s has no val/ folder, so the probe shows pictures that are trained on.", data)
-        cases = choose_cases(make_source(data, size, part=part), probe_cases)
+            shown = pictures
+        cases = choose_cases(make_source(shown, size), probe_cases)
         probe = PictureProbe(
             base,
             cases,
@@ -340,8 +328,8 @@ def make(
             release=cache is not None,
         )
     if cache is None:
-        return Task(base, make_source(data, size, **options), probe)
-    kept = cached(base, data, size, cache, file_identity(checkpoint, clip_vision, dino, cache), **options)
+        return Task(base, make_source(pictures, size, **options), probe)
+    kept = cached(base, pictures, size, cache, file_identity(checkpoint, clip_vision, dino, cache), **options)
     return Task(*kept, probe)
 
 
@@ -377,8 +365,3 @@ def fill_cache(cfg: TrainConfig, patches: bool = False, dry_run: bool = False) -
             on_start=told,
             on_progress=lambda done, total: (setattr(bar, "total", total), bar.update(done - bar.n)),
         )
-
-
-def _has_val(data: str) -> bool:
-    found = scan(data, "val")
-    return bool(found.subjects or found.loose)

@@ -7,23 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from .cached import CachedSource
-from .dataset import scan
+from .dataset import DataSet, part_of
 from .folders import FolderPairs
 
 
 def make_source(
-    data: str | os.PathLike,
+    data: str | os.PathLike | DataSet,
     size: int,
     cache: str | os.PathLike | None = None,
     identity: Mapping[str, str] | None = None,
     part: str = "train",
     **options: Any,
 ) -> FolderPairs | CachedSource:
-    """The PairSource over a folder of pictures or of shards, or the CachedSource over what `cache.fill` has kept of it.
+    """The PairSource over a folder of pictures or of shards (or a part of it that is scanned already), or the CachedSource over what `cache.fill` has kept of it.
 
     `options` are FolderPairs' or, with a `cache` folder, CachedSource's; `identity` as for `cache.fill`.
     """
-    found = scan(data, part)
+    found = part_of(data, part)
     if cache is None:
         return FolderPairs(found, size, **options)
     return CachedSource(found, size, cache, identity or {}, **options)

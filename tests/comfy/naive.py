@@ -18,8 +18,8 @@ import comfy.ldm.modules.attention
 import tiny
 import torch
 from flexip_pack.flexip_core.network.blocks import cross_attentions
+from flexip_pack.flexip_core.pictures.crop import as_masks
 from flexip_pack.flexip_core.run.chain import Link
-from flexip_pack.flexip_core.run.masks import as_masks
 from flexip_pack.flexip_core.run.reference import Reference, ReferenceSet
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in latent cells

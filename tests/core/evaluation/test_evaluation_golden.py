@@ -102,7 +102,7 @@ def picture(width=80, height=80, seed=0) -> Image.Image:
 
 
 def torchvisions(scorer):
-    bicubic, (mean, std) = transforms.InterpolationMode.BICUBIC, scorer_files.towers.statistics(scorer.encoder)
+    bicubic, (mean, std) = transforms.InterpolationMode.BICUBIC, scorer_files.towers.normalisation(scorer.encoder)
     steps = [transforms.Resize(256, bicubic), transforms.CenterCrop(224), transforms.ToTensor()]
     return transforms.Compose([*steps, transforms.Normalize(mean, std)])
 
@@ -134,7 +134,7 @@ def test_dinos_pictures_equal_torchvisions(dino_file, width, height):
     image = picture(width, height)
     expected = torchvisions(dino_file[1])(image)
     torch.testing.assert_close(metrics.square(image, dino_file[1]), expected, atol=1e-6, rtol=0)
-    assert list(scorer_files.towers.statistics(dino_file[1].encoder)[0]) == [0.485, 0.456, 0.406]
+    assert list(scorer_files.towers.normalisation(dino_file[1].encoder)[0]) == [0.485, 0.456, 0.406]
 
 
 def floats(image: Image.Image) -> torch.Tensor:
@@ -144,7 +144,7 @@ def floats(image: Image.Image) -> torch.Tensor:
 def test_the_nodes_pictures_differ_by_a_rounding_where_they_are_soft_and_square(clip_file, dino_file):
     """Hard edges overshoot, which PIL clips once more; other shapes are cut up to a pixel elsewhere."""
     for _, scorer in (clip_file, dino_file):
-        std = torch.tensor(scorer_files.towers.statistics(scorer.encoder)[1]).view(3, 1, 1)
+        std = torch.tensor(scorer_files.towers.normalisation(scorer.encoder)[1]).view(3, 1, 1)
         encoder = metrics.ImageEncoder(scorer, "cpu")
         for side in (224, 512, 777):
             image = picture(side, side)

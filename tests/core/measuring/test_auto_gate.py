@@ -69,6 +69,6 @@ def test_a_noise_that_never_reaches_the_target_widens_the_range_to_1():
 
 def test_a_share_of_the_range_counts_from_gate_0_to_the_best():
     scores = np.array([[0.2, 0.4, 0.8, 0.7]])
-    assert auto_gate.as_score(0.0, (0, 0.3, 0.6, 1), scores) == pytest.approx(0.2)
-    assert auto_gate.as_score(0.5, (0, 0.3, 0.6, 1), scores) == pytest.approx(0.5)
-    assert auto_gate.as_score(1.0, (0, 0.3, 0.6, 1), scores) == pytest.approx(0.8)
+    assert auto_gate.as_score(0.0, scores) == pytest.approx(0.2)
+    assert auto_gate.as_score(0.5, scores) == pytest.approx(0.5)
+    assert auto_gate.as_score(1.0, scores) == pytest.approx(0.8)

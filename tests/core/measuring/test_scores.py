@@ -274,7 +274,7 @@ def test_pictures_are_prepared_as_published(tmp_path, size, make, resize, mean):
     picture = Image.fromarray(smooth).resize(size[::-1], Image.Resampling.BICUBIC)
     expected = published_transform(resize, 224)(picture)
     got = prepare(scorer, torch.from_numpy(np.asarray(picture).astype(np.float32) / 255)[None])[0]
-    found_mean, std = scorer_files.towers.statistics(scorer.encoder)
+    found_mean, std = scorer_files.towers.normalisation(scorer.encoder)
     got = got * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     places = [torch.roll(expected, (dy, dx), (1, 2)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
     assert min((got - place)[:, 2:-2, 2:-2].abs().mean() for place in places) < 1.5 / 255

@@ -247,12 +247,12 @@ def test_in_words_names_every_block_and_transformers_where_they_differ() -> None
     chosen = BlockStrengths(
         spec("preservation", LIST, "output.1.1=0.5, output.1.3=2, output.1.4=2, middle=0"), Spec("fine")
     )
-    assert chosen.in_words(levels) == (
-        "preservation: 2 in output.1.3-4; 1 in input.4, input.5, output.1.0, output.1.2; 0.5 in output.1.1; 0 elsewhere.\n"
-        "personalization: 1 in input.4, input.5; 0 elsewhere"
-    )
+    assert chosen.in_words(levels) == [
+        "preservation: 2 in output.1.3-4; 1 in input.4, input.5, output.1.0, output.1.2; 0.5 in output.1.1; 0 elsewhere",
+        "personalization: 1 in input.4, input.5; 0 elsewhere",
+    ]
     nothing = BlockStrengths(Spec("all"), spec("personalization", LIST, "all=0"))
-    assert nothing.in_words(levels) == "preservation: 1 in every block.\npersonalization: 0 elsewhere"
+    assert nothing.in_words(levels) == ["preservation: 1 in every block", "personalization: 0 elsewhere"]
 
 
 def test_equal_choices_are_equal_values() -> None:

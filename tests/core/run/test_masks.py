@@ -7,7 +7,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flexip_core.run.masks import as_masks, for_rows, on_grid, on_latent
+from flexip_core.pictures.crop import as_masks
+from flexip_core.run.masks import for_rows, on_grid, on_latent
 
 SIDES = st.integers(1, 40)
 SIZES = st.tuples(SIDES, SIDES)

@@ -235,6 +235,42 @@ def test_after_any_changes_the_cache_equals_a_new_one(tmp_path_factory, steps):
     assert again(root, tmp_path) == 0
 
 
+def test_adding_an_entry_looks_at_no_other_one(tmp_path, monkeypatch):
+    looked = []
+
+    class Pending(dict):
+        def __iter__(self):
+            return (looked.append(name) or name for name in super().__iter__())
+
+        def values(self):
+            return [self[name] for name in self]
+
+        def items(self):
+            return [(name, self[name]) for name in self]
+
+    entries = Entries(tmp_path)
+    entries._new = Pending()
+    for number in range(50):
+        entries.add(str(number), torch.zeros(10))
+    assert looked == []
+    assert len(list(entries._new.values())) == len(looked) == 50, "looking is seen"
+
+
+def test_a_shard_is_written_as_soon_as_its_size_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(entries_module, "SHARD_BYTES", 100)
+    entries = Entries(tmp_path)
+    for name in ("a", "a", "a", "b", "c", "d", "d"):  # 20 bytes each; the same name takes its room once
+        entries.add(name, torch.zeros(10))
+    assert not list(tmp_path.iterdir()) and set(entries._new) == set("abcd")
+    entries.add("e", torch.zeros(10))
+    assert len(list(tmp_path.iterdir())) == 1 and not entries._new
+    for name in "fghi":
+        entries.add(name, torch.zeros(10))
+    assert len(list(tmp_path.iterdir())) == 1, "counting begins again"
+    entries.add("j", torch.zeros(10))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(entries_module, "SHARD_BYTES", 4000)
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import training_fakes as fakes
+from picture_pairs import PicturePairs, crops
 
 from flexip_core.training.config import DropoutConfig
-from flexip_core.training.data import INVARIANT, VARIANT, PicturePairs, check_source, crops, drop_phrases
+from flexip_core.training.data import INVARIANT, VARIANT, check_source, drop_phrases
 
 
 def coloured(subjects, views=None):

@@ -14,13 +14,14 @@ import pytest
 import ranks_driver as driver
 import torch
 import training_fakes as fakes
+from picture_pairs import PicturePairs
 
 from flexip_core.files.checkpoint import load_checkpoint
 from flexip_core.files.weights import read_tensors
 from flexip_core.mini_world.pairs import WorldPairs
 from flexip_core.training.checkpointing import states
 from flexip_core.training.config import DropoutConfig
-from flexip_core.training.data import INVARIANT, VARIANT, PicturePairs, drop_phrases
+from flexip_core.training.data import INVARIANT, VARIANT, drop_phrases
 from flexip_core.training.loop import BEST, FINAL, LOG, Trainer
 from flexip_core.training.optim import average_gradients
 from flexip_core.training.ranks import Ranks, TrainingError, joined

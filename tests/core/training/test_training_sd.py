@@ -1,6 +1,7 @@
 """The real base: what is told from a checkpoint's shapes, what is refused, how text is tokenised, and training on it."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import public_layouts as public
@@ -14,7 +15,8 @@ from flexip_core.files.checkpoint import load_checkpoint, save_checkpoint
 from flexip_core.files.weights import read_tensors
 from flexip_core.integrations.diffusers import attention_names, encode_references, gated, guided
 from flexip_core.network.config import DinoConfig
-from flexip_core.training import cache, image_encoders, sd
+from flexip_core.training import cache, image_encoders, sd, stores
+from flexip_core.training import dataset as data_folder
 from flexip_core.training.base import Text
 from flexip_core.training.config import NetworkConfig, OptimizerConfig, TrainConfig
 from flexip_core.training.entries import file_identity
@@ -334,6 +336,24 @@ def test_training_shows_pictures_and_scores_of_the_val_folder(files, dataset, tm
         assert sheet.width >= 4 * 64 and sheet.height >= 2 * 64
     assert all(torch.equal(value, frozen[key]) for key, value in task.base.unet.state_dict().items())
     assert load_checkpoint(tmp_path / "run/final.safetensors").cfg.base == "SD1.5"
+
+
+@pytest.mark.parametrize("with_val", [True, False])
+def test_the_data_are_scanned_once(files, dataset, tmp_path, monkeypatch, with_val):
+    """The folder is walked once and each folder in it is looked through once, whatever probe and source need of it."""
+    root = shutil.copytree(dataset, tmp_path / "data")
+    if not with_val:
+        shutil.rmtree(root / "val")
+    walked, seen = [], []
+    walk, views = stores.FolderStore.__init__, data_folder._views
+    monkeypatch.setattr(stores.FolderStore, "__init__", lambda self, at: walked.append(at) or walk(self, at))
+    monkeypatch.setattr(
+        data_folder, "_views", lambda store, folder, *a: seen.append(folder) or views(store, folder, *a)
+    )
+    task = sd.make("cpu", **files, data=str(root), size=64, probe_cases=1, probe_steps=1)
+    assert len(walked) == 1 and len(seen) == len(set(seen))
+    assert any(folder.startswith("val/") for folder in seen) == with_val
+    assert task.source.pictures() == 2 and len(task.probe.cases.captions) == 1
 
 
 def test_a_clip_without_text_tower_scores_that_gate_0_does_not_copy(files, dataset, tmp_path):
