@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from .strict import Count, build, table
+
 GATE_MODES = ("outputs", "tokens")
 
 
@@ -22,7 +24,7 @@ class ClipConfig:
     """
 
     model: str = "ViT-H-14"
-    width: int = 1024  # of the projected [CLS] embedding
+    width: Count = 1024  # of the projected [CLS] embedding
     vision_cfg: dict[str, Any] | None = None
 
 
@@ -35,18 +37,18 @@ class DinoConfig:
     """
 
     model: str = "vit_large_patch14_dinov2"
-    width: int = 1024  # of a patch token
-    image_size: int = 224
+    width: Count = 1024  # of a patch token
+    image_size: Count = 224
     args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    width: int = 768
-    depth: int = 4
-    heads: int = 12
-    dim_head: int = 64
-    ff_mult: int = 4
+    width: Count = 768
+    depth: Count = 4
+    heads: Count = 12
+    dim_head: Count = 64
+    ff_mult: Count = 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class FeatureNeed:
     name: str
     encoder: ClipConfig | DinoConfig
     kind: str
-    width: int
+    width: Count
     null: str = "zeros"
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,12 +74,13 @@ class FeatureNeed:
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "need") -> FeatureNeed:
         """Strict, like FlexIPConfig.from_dict."""
-        need = _build(cls, data, where)
-        encoder = dict(need.encoder)  # an object is all that _build has checked
-        kind = encoder.pop("type", None)
-        if kind not in list(ENCODER_TYPES):  # a list: what JSON holds need not be hashable
-            raise ValueError(f"{where}.encoder.type must be one of {', '.join(ENCODER_TYPES)}, got {kind!r}.")
-        return dataclasses.replace(need, encoder=_build(ENCODER_TYPES[kind], encoder, f"{where}.encoder"))
+        if "encoder" in table(data, where):
+            encoder = dict(table(data["encoder"], f"{where}.encoder"))
+            kind = encoder.pop("type", None)
+            if kind not in list(ENCODER_TYPES):  # a list: what JSON holds need not be hashable
+                raise ValueError(f"{where}.encoder.type must be one of {', '.join(ENCODER_TYPES)}, got {kind!r}.")
+            data = {**data, "encoder": build(ENCODER_TYPES[kind], encoder, f"{where}.encoder")}
+        return build(cls, data, where)
 
 
 ENCODER_TYPES = {"clip": ClipConfig, "dino": DinoConfig}
@@ -92,15 +95,15 @@ class FlexIPConfig:
     """
 
     base: str
-    text_width: int
-    blocks: dict[str, int]
+    text_width: Count
+    blocks: dict[str, Count]
     gate_mode: str = "outputs"
     clip: ClipConfig = ClipConfig()
     dino: DinoConfig = DinoConfig()
     resampler: ResamplerConfig = ResamplerConfig()
-    detail_tokens: int = 16  # learned queries of the preservation adapter
-    semantic_tokens: int = 4  # the [CLS] embedding as queries of the preservation adapter
-    cls_tokens: int = 4  # the [CLS] embedding as context of the personalization adapter
+    detail_tokens: Count = 16  # learned queries of the preservation adapter
+    semantic_tokens: Count = 4  # the [CLS] embedding as queries of the preservation adapter
+    cls_tokens: Count = 4  # the [CLS] embedding as context of the personalization adapter
 
     def __post_init__(self) -> None:
         if self.gate_mode not in GATE_MODES:
@@ -114,46 +117,7 @@ class FlexIPConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> FlexIPConfig:
         """Strict: unknown or missing fields and wrong types raise ValueError naming the field."""
-        return _build(cls, data, "flexip.config")
-
-
-_NESTED = {"clip": ClipConfig, "dino": DinoConfig, "resampler": ResamplerConfig}
-
-
-def _build(cls: type, data: Any, where: str) -> Any:
-    if not isinstance(data, dict):
-        raise ValueError(f"{where} must be an object, got {str(data)[:40]!r}.")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(data) - set(fields))
-    if unknown:
-        raise ValueError(f"{where} has unknown fields: {', '.join(unknown)}.")
-    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
-    missing = sorted(required - set(data))
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}.")
-    values = {}
-    for name, value in data.items():
-        if name in _NESTED and cls is FlexIPConfig:
-            values[name] = _build(_NESTED[name], value, f"{where}.{name}")
-            continue
-        _check_type(fields[name].type, value, f"{where}.{name}")
-        values[name] = value
-    return cls(**values)
-
-
-def _check_type(annotation: str, value: Any, where: str) -> None:
-    """`annotation` is the source text of one of the few annotations used above (postponed evaluation)."""
-    if annotation.startswith("int"):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{where} must be a whole number of at least 1, got {value!r}.")
-    elif annotation.startswith("str"):
-        if not isinstance(value, str):
-            raise ValueError(f"{where} must be text, got {value!r}.")
-    elif annotation == "dict[str, int]":
-        if not isinstance(value, dict) or not all(type(v) is int and v > 0 for v in value.values()):
-            raise ValueError(f"{where} must map names to whole numbers of at least 1, got {value!r}.")
-    elif not (isinstance(value, dict) or (value is None and annotation.endswith("None"))):
-        raise ValueError(f"{where} must be an object, got {value!r}.")
+        return build(cls, data, "flexip.config")
 
 
 def deeper_than(data: object, levels: int) -> bool:

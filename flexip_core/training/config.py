@@ -6,9 +6,6 @@ Ranges are written as one number or as [low, high]. Everything but `steps`, `bat
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,11 @@ from typing import Any
 from ..files.parse import parse_json, parse_toml
 from ..network.adapters import ADAPTERS
 from ..network.config import GATE_MODES, ResamplerConfig
+from ..network.strict import Range, build, is_number
 
 PRECISIONS = ("fp32", "bf16")
 STARTS = ("text", "zero", "random")
 LOSS_WEIGHTS = ("min_snr", "none")
-Range = tuple[float, float]
 
 
 def _require(holds: bool, name: str, expected: str, got: Any) -> None:
@@ -184,7 +181,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
         """Strict: unknown or missing settings, wrong types and impossible values raise ValueError naming the setting."""
-        return _build(cls, data, "")
+        return build(cls, data, "")
 
 
 TASK_NUMBERS = {  # least and most; a whole one is a whole number
@@ -204,7 +201,7 @@ def check_task(task: dict[str, Any]) -> None:
     """ValueError for a number that is none or out of its range; other values are left to the function."""
     for name, (least, most) in TASK_NUMBERS.items():
         value = task.get(name, least)
-        kind, fits = ("number", _is_number(value)) if isinstance(least, float) else ("whole number", type(value) is int)
+        kind, fits = ("number", is_number(value)) if isinstance(least, float) else ("whole number", type(value) is int)
         _require(fits and least <= value <= most, f"[task] {name}", f"a {kind} from {least} to {most}", repr(value))
 
 
@@ -228,52 +225,6 @@ def read_config(path: str | Path) -> TrainConfig:
         return TrainConfig.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
-
-
-def _build(cls: type, data: Any, where: str) -> Any:
-    if not isinstance(data, dict):
-        raise ValueError(f"{where or 'a config'} must be a table, got {data!r}.")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    prefix = f"{where}." if where else ""
-    if unknown := sorted(set(data) - set(fields)):
-        raise ValueError(f"unknown setting {prefix}{unknown[0]}; {where or 'a config'} has {', '.join(fields)}.")
-    required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
-    if missing := [name for name in required if name not in data]:
-        raise ValueError(f"the setting {prefix}{missing[0]} is missing; add it.")
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _value(hints[name], value, prefix + name) for name, value in data.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """`hint` is one of the few types used above."""
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    if hint == Range:
-        pair = value if isinstance(value, (list, tuple)) else [value, value]
-        if len(pair) != 2 or not all(map(_is_number, pair)):
-            raise ValueError(f"{where} must be a number or a pair of numbers, got {value!r}.")
-        return float(pair[0]), float(pair[1])
-    if hint == tuple[str, ...]:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
-            raise ValueError(f"{where} must be a list of texts, got {value!r}.")
-        return tuple(value)
-    if isinstance(hint, types.GenericAlias):  # dict[str, float], dict[str, Any]
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a table, got {value!r}.")
-        kind = typing.get_args(hint)[1]
-        return {key: value[key] if kind is Any else _value(kind, value[key], f"{where}.{key}") for key in value}
-    if hint is float:
-        if not _is_number(value):
-            raise ValueError(f"{where} must be a number, got {value!r}.")
-        return float(value)
-    if type(value) is not hint:
-        word = {int: "a whole number", str: "text", bool: "true or false"}[hint]
-        raise ValueError(f"{where} must be {word}, got {value!r}.")
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _plain(value: Any) -> Any:

@@ -85,9 +85,9 @@ KEY = "blocks.input.1.0.preservation.to_k.weight"
     [
         (dict(metadata=lambda m: {}), ["not a FlexIP checkpoint"]),
         (dict(metadata=lambda m: {**m, FORMAT_KEY: "2"}), ["format '2'", "reads format '1'"]),
-        (dict(metadata=lambda m: {FORMAT_KEY: "1"}), ["damaged", "must be an object"]),
+        (dict(metadata=lambda m: {FORMAT_KEY: "1"}), ["damaged", "must be a table"]),
         (dict(metadata=lambda m: {**m, CONFIG_KEY: "{"}), ["damaged"]),
-        (dict(metadata=changed_config(surprise=1)), ["unknown fields: surprise"]),
+        (dict(metadata=changed_config(surprise=1)), ["unknown setting flexip.config.surprise"]),
         (dict(metadata=changed_config(text_width="768")), ["text_width", "'768'"]),
         (dict(metadata=changed_config(gate_mode="other")), ["gate_mode", "'other'"]),
         (dict(metadata=changed_config(blocks={})), ["blocks is empty"]),
