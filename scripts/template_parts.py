@@ -20,9 +20,9 @@ FILES = """
 | FlexIP checkpoint for the same base | models/flexip |
 | CLIP and DINOv2 image encoders that it asks for | models/clip_vision |
 
-**Choose** your own files: any names will do, they are recognised by their contents. The names here are those of the mini models, which are **untrained** and draw coloured noise. To see the workflow run with them, in this pack's folder with ComfyUI's Python:
+**Choose** your own files: any names will do, they are recognised by their contents. The names here are those of the mini models, which are **untrained** and draw coloured noise. To see the workflow run with them, in a git clone of the pack (an installed pack is without the script), with ComfyUI's Python:
 
-**python scripts/mini_models.py ../../models**"""
+**python scripts/mini_models.py ComfyUI/models**"""
 
 
 @dataclass(eq=False)

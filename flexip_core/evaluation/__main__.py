@@ -8,6 +8,7 @@ python -m flexip_core.evaluation plot SCORES [SCORES ...] --to DIR             f
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import sys
@@ -211,6 +212,11 @@ def picture_scores(options: argparse.Namespace) -> Scores:
 
 
 def mini_world_scores(options: argparse.Namespace) -> Scores:
+    if importlib.util.find_spec("..mini_world.scored", __package__) is None:
+        raise ValueError(
+            "The installed pack has the small world's models, but not what measures them; run this command in a clone of "
+            "the repository that pyproject.toml names."
+        )
     from ..mini_world import files, runs, scored, task  # needs diffusers
 
     folder = options.trained or files.WEIGHTS

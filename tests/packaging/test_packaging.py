@@ -74,16 +74,6 @@ def test_comfy_node_validate_passes(tmp_path: Path) -> None:
     assert "All validation checks passed" in answer.stdout, answer.stdout + answer.stderr
 
 
-def test_registry_zip_lacks_nothing_that_the_nodes_import() -> None:
-    """No module that runs in ComfyUI imports from a folder that .comfyignore leaves out."""
-    ignored = {line.strip("/") for line in (REPO / ".comfyignore").read_text().splitlines() if line.endswith("/")}
-    assert ignored.isdisjoint({"nodes", "flexip_core", "web", "workflows", "locales"})
-    for path in [REPO / "__init__.py", *REPO.glob("nodes/**/*.py"), *REPO.glob("flexip_core/**/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom):
-                assert (node.module or "").split(".")[0] not in ignored, path
-
-
 @pytest.mark.parametrize("version", PYTHONS)
 def test_requirements_resolve(version: str, tmp_path: Path) -> None:
     """With the torch that we install and ComfyUI's own requirements, wheels only."""

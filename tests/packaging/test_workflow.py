@@ -154,7 +154,8 @@ def test_shipped_workflow_is_tidy(path: Path) -> None:
     assert any(word in text for word in ("**Turn**", "**turn**")), "what to turn first"
     if mini.MINI_BASE in str(graph["nodes"]):
         assert (
-            "**python scripts/mini_models.py ../../models**" in text and (REPO / "scripts" / "mini_models.py").is_file()
+            "**python scripts/mini_models.py ComfyUI/models**" in text
+            and (REPO / "scripts" / "mini_models.py").is_file()
         )
     assert {node["widgets_values"][0] for node in by_type.get("LoadImage", ())} == (
         {"example.png"} if needs_files else set()
