@@ -258,8 +258,7 @@ def _in_table_1(comparison: Comparison) -> list[str]:
         return []
     printed, published_scores = printed_mean_ranks(), table1()
     ours = [
-        (line.placed, [f"**{_ours(line.label)}**", _rank(line.placed), "–", *_means(line)])
-        for line in comparison.lines
+        (line.placed, [f"**{_ours(line.label)}**", _rank(line.placed), "–", *_means(line)]) for line in comparison.lines
     ]
     theirs = [
         (rank, [name, _rank(rank), _rank(printed[name]), *(f"{published_scores[name][c]:.3f}" for c in COLUMNS)])

@@ -149,9 +149,7 @@ def test_a_neighbours_additions_are_not_counted(gated):
 
 
 def test_a_model_without_a_gate_is_a_sentence(model):
-    with pytest.raises(
-        ValueError, match="FlexIPAttentionMaps: the model has no FlexIP gate. Put Apply"
-    ):
+    with pytest.raises(ValueError, match="FlexIPAttentionMaps: the model has no FlexIP gate. Put Apply"):
         run(model)
 
 
