@@ -92,26 +92,29 @@ class EncodeReference(io.ComfyNode):
             for size in {image_size(need.encoder) for need in needs}
         }
         features, null, sources = {}, {}, []
-        for wire, path, alike in _by_encoder(needs, wires, loaded):
+        for wire, path, note, alike in _by_encoder(needs, wires, loaded):
             size = image_size(alike[0].encoder)
             found, without, source = encoders.features(alike, path, wire, seen[size], loaded.towers)
             features |= found
             null |= without
-            sources += [f"{need.encoder.model} from {source}" for need in alike]
+            sources += [f"{need.encoder.model} from {source}{note}" for need in alike]
         reference = Reference(features, null, ", ".join(dict.fromkeys(sources)), needs)
         return io.NodeOutput(reference, ui=ui.PreviewImage(seen[max(seen)], cls=cls))
 
 
 def _by_encoder(
     needs: Sequence[FeatureNeed], wires: dict[str, Any], loaded: LoadedAdapters
-) -> Iterator[tuple[Any, str | None, list[FeatureNeed]]]:
-    """(wired model or None, path of the file or None, the needs that this one encoder serves), so that it runs once for all."""
-    groups: dict[tuple, tuple[Any, str | None, list[FeatureNeed]]] = {}
+) -> Iterator[tuple[Any, str | None, str, list[FeatureNeed]]]:
+    """(wired model or None, path of the file or None, a note about the choice, the needs that this one encoder serves), so that
+    it runs once for all."""
+    groups: dict[tuple, tuple[Any, str | None, str, list[FeatureNeed]]] = {}
     for need in needs:
         role = encoders.role_of(need)
         wire = encoders.wired_for(need, wires[role])
-        path = None if wire is not None else loaded.own.get(role) or encoders.resolve(need, loaded.encoders)
-        groups.setdefault((repr(need.encoder), id(wire), path), (wire, path, []))[2].append(need)
+        path, note = (loaded.own.get(role) if wire is None else None), ""
+        if wire is None and path is None:
+            path, note = encoders.resolve(need, loaded.encoders)
+        groups.setdefault((repr(need.encoder), id(wire), path), (wire, path, note, []))[3].append(need)
     yield from groups.values()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -11,7 +13,9 @@ import comfy.model_management as mm
 import comfy.model_patcher
 import torch
 
-from ..flexip_core.encoders import layouts, towers
+from ..flexip_core.encoders import towers
+from ..flexip_core.encoders.published import is_published
+from ..flexip_core.files.stored import first_parts
 from ..flexip_core.files.weights import read_header
 from ..flexip_core.network.config import ClipConfig, DinoConfig, FeatureNeed
 from ..flexip_core.pictures import crop
@@ -37,12 +41,21 @@ def refuse_misfits(needs: tuple[FeatureNeed, ...], choices: dict[str, str], node
                     towers.check_fits(choice, shapes, mine[0].encoder)
 
 
-def resolve(need: FeatureNeed, choices: dict[str, str]) -> str | None:
-    """Path of the encoder file for a need: the chosen one if it fits, else the first in the folder that does; None without any."""
+def resolve(need: FeatureNeed, choices: dict[str, str]) -> tuple[str | None, str]:
+    """Path of the encoder file for a need: the chosen one if it fits, else one in the folder that does; None without any.
+
+    Beside it words for the report where several files fit.
+    """
     choice = choices[role_of(need)]
     if choice != files.AUTO and towers.fits_shapes(_shapes_of_file(choice, NODE), need.encoder):
-        return files.path_of(files.ENCODER_FOLDER, choice, NODE)
-    return _find(need.encoder, NODE)
+        return files.path_of(files.ENCODER_FOLDER, choice, NODE), ""
+    found = _fitting(need.encoder)
+    if len(found) < 2:
+        return next(iter(found.values()), None), ""
+    taken = next((name for name, path in found.items() if is_published(path)), next(iter(found)))
+    words = f"taken of {len(found)} that fit: {files.listed(list(found))}"
+    logging.info("%s: %s, %s. Choose another one by its name in %s.", NODE, taken, words, role_of(need))
+    return found[taken], f" ({words})"
 
 
 def _shapes_of_file(name: str, node: str) -> dict[str, tuple[int, ...]]:
@@ -51,15 +64,15 @@ def _shapes_of_file(name: str, node: str) -> dict[str, tuple[int, ...]]:
         return read_header(path).shapes
 
 
-def _find(cfg: ClipConfig | DinoConfig, node: str) -> str | None:
-    for name in files.names(files.ENCODER_FOLDER):
-        path = files.path_of(files.ENCODER_FOLDER, name, node)
-        try:
-            towers.check_fits(name, read_header(path).shapes, cfg)
-        except ValueError:
-            continue  # choosing the file by its name says what is wrong with it
-        return path
-    return None
+def _fitting(cfg: ClipConfig | DinoConfig) -> dict[str, str]:
+    """Name -> path of every file in the folder that fills the tower of `cfg`; a set of parts counts once."""
+    found = {}
+    for name in first_parts(files.names(files.ENCODER_FOLDER)):
+        with suppress(ValueError):  # choosing the file by its name says what is wrong with it
+            path = files.path_of(files.ENCODER_FOLDER, name, NODE)
+            if towers.fits_shapes(read_header(path).shapes, cfg):
+                found[name] = path
+    return found
 
 
 def features(
@@ -181,13 +194,13 @@ def _memory(pictures: torch.Tensor) -> int:
 
 def _none_found(need: FeatureNeed) -> str:
     seen = []
-    for name in files.names(files.ENCODER_FOLDER):
+    for name in first_parts(files.names(files.ENCODER_FOLDER)):
         try:
-            found = layouts.identify(read_header(files.path_of(files.ENCODER_FOLDER, name, NODE)))
-            seen.append(f"{name} ({layouts.describe(found) if found else 'not an image encoder known here'})")
-        except ValueError:
-            seen.append(f"{name} (unreadable)")
+            shapes = read_header(files.path_of(files.ENCODER_FOLDER, name, NODE)).shapes
+            seen.append(f"{name} {towers.why_not(shapes, need.encoder)}")
+        except ValueError as error:
+            seen.append(str(error).removeprefix(f"{NODE}: ").rstrip("."))
     return (
         f"{NODE}: these adapters want {towers.describe_model(need.encoder)}, and no file in {files.searched(files.ENCODER_FOLDER)} is one. "
-        f"Looked at: {', '.join(seen) or 'no files at all'}. Put the encoder's file there, or wire a loaded one into {role_of(need)}."
+        f"Looked at: {'; '.join(seen) or 'no files at all'}. Put the encoder's file there, or wire a loaded one into {role_of(need)}."
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from typing import Any
 
 import folder_paths
 
@@ -27,7 +29,7 @@ def adapter_names() -> list[str]:
 
 
 def adapter_path(name: str, node: str) -> str:
-    folder = next((folder for folder in ADAPTER_FOLDERS if name in names(folder)), None)
+    folder = next((folder for folder in ADAPTER_FOLDERS if same_name(name, names(folder))), None)
     if folder is None:
         where = " or ".join(map(searched, ADAPTER_FOLDERS))
         raise ValueError(
@@ -42,12 +44,41 @@ def names(folder: str) -> list[str]:
 
 def path_of(folder: str, name: str, node: str) -> str:
     """Full path of a listed file; a name that is not listed (a path out of the folder included) is refused."""
-    path = folder_paths.get_full_path(folder, name) if name in names(folder) else None
-    if path is None:
-        raise ValueError(
-            f"{node}: there is no file {shown(name)} in {searched(folder)}. Files found there: {listed(names(folder))}."
-        )
-    return path
+    listed_name = same_name(name, names(folder))
+    path = folder_paths.get_full_path(folder, listed_name) if listed_name is not None else None
+    if path is not None:
+        return path
+    for where in folder_paths.get_folder_paths(folder) if listed_name is not None else ():
+        link = os.path.join(where, listed_name)
+        if os.path.islink(link):
+            raise ValueError(
+                f"{node}: {shown(listed_name)} in {where} is a link that leads nowhere: {shown(os.readlink(link))} is missing. Bring "
+                "that file back (a cache that was emptied, a drive that is not there), or put the file itself into the folder."
+            )
+    raise ValueError(
+        f"{node}: there is no file {shown(name)} in {searched(folder)}. Files found there: {listed(names(folder))}."
+    )
+
+
+def same_name(name: str, found: Iterable[str]) -> str | None:
+    """The listed name that is meant: as it stands, or with the separators of the other system, on which the workflow was saved."""
+    found = list(found)
+    if name in found:
+        return name
+    plain = str(name).replace("\\", "/")
+    return next((one for one in found if one.replace("\\", "/") == plain), None)
+
+
+def check_choices(node: str, options: Mapping[str, Iterable[str]], choices: Mapping[str, Any]) -> bool | str:
+    """For validate_inputs, in place of a combo's own check: as strict as that, but for the separators.
+
+    `options`: input -> what it lists; `choices`: input -> what came, None over a wire.
+    """
+    for name, choice in choices.items():
+        found = list(options[name])
+        if choice is not None and same_name(choice, found) is None:
+            return f"{node}: {name} is {shown(choice)}, which is not there. Choose one of these: {listed(found)}."
+    return True
 
 
 def state_of(folder: str) -> list[tuple[str, int, int]]:

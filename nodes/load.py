@@ -81,6 +81,20 @@ class LoadFlexIPAdapters(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls, preservation: str | None, personalization: str | None, clip_vision: str | None, dino: str | None
+    ) -> bool | str:
+        adapters, vision = files.adapter_names(), [files.AUTO, *files.names(files.ENCODER_FOLDER)]
+        options = {
+            "preservation": adapters,
+            "personalization": [files.AUTO, *adapters],
+            "clip_vision": vision,
+            "dino": vision,
+        }
+        choices = (preservation, personalization, clip_vision, dino)
+        return files.check_choices(NODE, options, dict(zip(options, choices)))
+
+    @classmethod
     def fingerprint_inputs(
         cls, preservation: str | None, personalization: str | None, clip_vision: str | None, dino: str | None
     ) -> list:

@@ -132,6 +132,10 @@ def reference_path(name: Any) -> str:
     file, folder = folder_paths.annotated_filepath(str(name))
     folder = folder or folder_paths.get_input_directory()
     path = os.path.abspath(os.path.join(folder, file))
+    if os.sep == "/" and not os.path.isfile(
+        path
+    ):  # a workflow that was saved on Windows; Windows itself takes both separators
+        path = os.path.abspath(os.path.join(folder, file.replace("\\", "/")))
     if not is_within_directory(folder, path):
         raise ValueError(
             f"{LOAD}: {files.shown(name)} lies outside ComfyUI's input and output folders. Copy the file into the input folder."

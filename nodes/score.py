@@ -97,6 +97,10 @@ class FlexIPScore(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, clip_vision: str | None = files.AUTO, dino: str | None = files.AUTO) -> bool | str:
+        return scorers.check_choices(NODE, clip_vision, dino)
+
+    @classmethod
     def fingerprint_inputs(cls, clip_vision: str = files.AUTO, dino: str = files.AUTO, **_: Any) -> list:
         return scorers.fingerprint(clip_vision, dino)
 

@@ -10,6 +10,7 @@ import torch
 
 from ..flexip_core.encoders import scorer_files, text_tower
 from ..flexip_core.encoders.scorer_files import ScorerFile
+from ..flexip_core.files.stored import first_parts
 from ..flexip_core.measuring import scores
 from ..flexip_core.pictures.crop import finite
 from . import encoders, files
@@ -33,7 +34,7 @@ def find(role: str, choice: str, node: str) -> ScorerFile:
         scorer_files.check(scorer)
         return scorer
     found = []
-    for name in files.names(files.ENCODER_FOLDER):
+    for name in first_parts(files.names(files.ENCODER_FOLDER)):
         try:
             found.append(make(name, files.path_of(files.ENCODER_FOLDER, name, node)))
         except ValueError:
@@ -46,6 +47,13 @@ def find(role: str, choice: str, node: str) -> ScorerFile:
         return scorer
     looked = ", ".join(files.names(files.ENCODER_FOLDER)) or "no files at all"
     raise ValueError(f"no file in {files.searched(files.ENCODER_FOLDER)} is {_WANTED[role]}. Looked at: {looked}.")
+
+
+def check_choices(node: str, clip_vision: str | None, dino: str | None) -> bool | str:
+    """For validate_inputs of a node with these two inputs."""
+    options = [files.AUTO, NONE, *files.names(files.ENCODER_FOLDER)]
+    choices = {"clip_vision": clip_vision, "dino": dino}
+    return files.check_choices(node, dict.fromkeys(choices, options), choices)
 
 
 def fingerprint(clip_vision: str | None, dino: str | None) -> list:

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from PIL import Image
 
+from ..flexip_core.files.stored import first_parts
 from ..flexip_core.network.config import GATE_MODES
 from ..flexip_core.pictures.plots import Series, line_plot
 from . import files, notices
@@ -146,6 +148,14 @@ class FlexIPTrain(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(
+        cls, checkpoint: str | None = None, clip_vision: str | None = files.AUTO, dino: str | None = files.AUTO
+    ) -> bool | str:
+        vision = [files.AUTO, *files.names(files.ENCODER_FOLDER)]
+        options = {"checkpoint": files.names("checkpoints"), "clip_vision": vision, "dino": vision}
+        return files.check_choices(TRAIN, options, dict(zip(options, (checkpoint, clip_vision, dino))))
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> float:
@@ -304,7 +314,10 @@ def data_path(name: str) -> str:
 def encoder_path(training: Any, role: str, choice: str) -> str:
     if choice != files.AUTO:
         return files.path_of(files.ENCODER_FOLDER, choice, TRAIN)
-    paths = {name: files.path_of(files.ENCODER_FOLDER, name, TRAIN) for name in files.names(files.ENCODER_FOLDER)}
+    paths = {}
+    for name in first_parts(files.names(files.ENCODER_FOLDER)):
+        with suppress(ValueError):  # a link that leads nowhere; choosing it by its name says so
+            paths[name] = files.path_of(files.ENCODER_FOLDER, name, TRAIN)
     with named(TRAIN):
         return training.image_encoders.choose(role, paths, files.searched(files.ENCODER_FOLDER))
 

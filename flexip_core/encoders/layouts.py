@@ -39,7 +39,7 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class EncoderFile:
-    """A recognised file: `layout` is open_clip, transformers, timm or meta, `prefix` stands before the tower's keys."""
+    """A recognised file: `layout` is open_clip, transformers, timm, meta or one of DINOv3's, `prefix` stands before the tower's keys."""
 
     layout: str
     shape: TowerShape
@@ -93,6 +93,30 @@ _DINO_FROM_META = (
     (r"\.mlp\.w3\.", ".mlp.fc2."),
 )
 
+# DINOv3, whose towers are timm's Eva: rotary positions, so none is stored, and no bias of k. Sources: transformers'
+# modeling_dinov3_vit.py; facebookresearch/dinov3, models/vision_transformer.py.
+_DINOV3_FROM_TRANSFORMERS = (
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
+    (r"^(?:model\.)?layer\.", "blocks."),
+    (r"\.attention\.([qkv])_proj\.weight$", r".attn.qkv.weight|\1"),
+    (r"\.attention\.([qv])_proj\.bias$", r".attn.\1_bias"),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.layer_scale([12])\.lambda1$", r".gamma_\1"),
+    (r"\.mlp\.gate_proj\.", ".mlp.fc1_g."),
+    (r"\.mlp\.up_proj\.", ".mlp.fc1."),
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+)
+_DINOV3_GATED = ((r"\.mlp\.up_proj\.", ".mlp.fc1_x."), *_DINOV3_FROM_TRANSFORMERS)
+_DINOV3_FROM_META = (
+    (r"^storage_tokens$", "reg_token"),
+    (r"\.ls([12])\.gamma$", r".gamma_\1"),
+    (r"\.mlp\.w1\.", ".mlp.fc1_g."),
+    (r"\.mlp\.w2\.", ".mlp.fc1_x."),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+)
+
 # Keys that together give a layout away. No set is found in a file of another layout.
 _SIGNS = (
     ("clip", "open_clip", ("class_embedding", "positional_embedding", "conv1.weight", "ln_post.weight")),
@@ -119,6 +143,20 @@ _SIGNS = (
     ),
     ("dino", "meta", ("cls_token", "mask_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")),
     ("dino", "meta", ("cls_token", "mask_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.0.norm1.weight")),
+    *(
+        (
+            "dino",
+            "transformers dinov3",
+            (
+                "embeddings.cls_token",
+                "embeddings.register_tokens",
+                "embeddings.patch_embeddings.weight",
+                f"{place}layer.0.norm1.weight",
+            ),
+        )
+        for place in ("", "model.")
+    ),
+    ("dino", "meta dinov3", ("storage_tokens", "cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight")),
     ("dino", "timm", ("patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight")),
 )
 # No adapter reads such a ViT, so only who asks for it by `identify_vit` gets it.
@@ -139,9 +177,14 @@ _RULES = {
     ("dino", "transformers"): _DINO_FROM_TRANSFORMERS,
     ("dino", "transformers vit"): _VIT_FROM_TRANSFORMERS,
     ("dino", "meta"): _DINO_FROM_META,
+    ("dino", "transformers dinov3"): _DINOV3_FROM_TRANSFORMERS,
+    ("dino", "meta dinov3"): _DINOV3_FROM_META,
 }
-# Not part of a tower: transformers' position counter, what only DINO's training uses, a classifier.
-_DROPPED = re.compile(r"(^|\.)position_ids$|(^|\.)mask_token$|^head\.(weight|bias)$")
+# Not part of a tower: transformers' position counter, what only DINO's training uses, a classifier, what the rotary positions
+# are made of, and the mask by which DINOv3 holds the bias of k at zero.
+_DROPPED = re.compile(
+    r"(^|\.)position_ids$|(^|\.)mask_token$|^head\.(weight|bias)$|^rope_embed\.periods$|\.bias_mask$|^local_cls_norm\."
+)
 
 
 def identify(header: Header | Mapping[str, Shape]) -> EncoderFile | None:
@@ -194,6 +237,10 @@ def to_tower_layout(tensors: Mapping[str, torch.Tensor], file: EncoderFile) -> d
         result[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     if kind == "clip" and file.layout == "transformers" and "proj" in result:
         result["proj"] = result["proj"].t()
+    if file.layout == "meta dinov3":
+        for name in [name for name in result if name.endswith(".attn.qkv.bias")]:
+            q, _, v = result.pop(name).chunk(3)  # of k it is held at zero
+            result[name.replace("qkv.bias", "q_bias")], result[name.replace("qkv.bias", "v_bias")] = q, v
     if "register_tokens" in result:  # timm keeps patch positions only and adds the first position to [CLS] for good
         result["reg_token"] = result.pop("register_tokens")
         result["cls_token"] = result["cls_token"] + result["pos_embed"][:, :1]
@@ -204,7 +251,10 @@ def to_tower_layout(tensors: Mapping[str, torch.Tensor], file: EncoderFile) -> d
 def _sources(keys: Iterable[str], kind: str, layout: str, prefix: str) -> dict[str, list[str]]:
     """Tower key -> the file's keys that make it: one, or the three of q, k and v in this order."""
     own = [key for key in keys if key.startswith(prefix) and not _DROPPED.search(key[len(prefix) :])]
-    found = renamed(own, prefix, _RULES.get((kind, layout), ()))
+    rules = _RULES.get((kind, layout), ())
+    if rules is _DINOV3_FROM_TRANSFORMERS and any(".mlp.gate_proj." in key for key in own):
+        rules = _DINOV3_GATED
+    found = renamed(own, prefix, rules)
     if kind == "clip" and layout == "transformers":
         projection = prefix.removesuffix("vision_model.") + "visual_projection.weight"
         found.pop("visual_projection.weight", None)  # a prefix of "" has it among the tower's own keys
@@ -240,6 +290,10 @@ def _convert_shapes(shapes: Mapping[str, Shape], kind: str, layout: str, prefix:
         result[name] = first if len(sources) == 1 else (sum(shapes[key][0] for key in sources), *first[1:])
     if kind == "clip" and layout == "transformers" and "proj" in result:
         result["proj"] = result["proj"][::-1]
+    if layout == "meta dinov3":
+        for name in [name for name in result if name.endswith(".attn.qkv.bias")]:
+            third = (result.pop(name)[0] // 3,)
+            result[name.replace("qkv.bias", "q_bias")] = result[name.replace("qkv.bias", "v_bias")] = third
     if "register_tokens" in result:
         result["reg_token"] = result.pop("register_tokens")
         result["pos_embed"] = (1, result["pos_embed"][1] - 1, result["pos_embed"][2])
@@ -337,4 +391,6 @@ def describe(file: EncoderFile | TowerShape) -> str:
     if shape.registers:
         facts.append(f"{shape.registers} registers")
     family = "DINOv2" if shape.patch == 14 and shape.positions else "vision transformer"
+    if shape.patch == 16 and not shape.positions and shape.registers:
+        family = "DINOv3"
     return f"{family} {vit} ({', '.join(facts)})"

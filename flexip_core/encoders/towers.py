@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files.weights import name_of, read_header, read_weights
+from ..files.stored import quantised
+from ..files.weights import name_of, one_line, read_header, read_weights
 from ..network.config import ClipConfig, DinoConfig
 from ..pictures import crop
 from . import layouts
@@ -229,27 +230,34 @@ def check_fits(
 
     DINO positions may differ in number, because they are resampled. `need` ends the message if it is not for adapters.
     """
+    need = need or f"these adapters need {describe(wanted_shape(cfg))}; choose the file for {cfg.model}"
+    if why := why_not(shapes, cfg):
+        raise ValueError(f"{name} {why}{';' if ' but ' in why else ', but'} {need}.")
+    return layouts.identify(shapes)
+
+
+def why_not(shapes: Mapping[str, tuple[int, ...]], cfg: ClipConfig | DinoConfig) -> str:
+    """Why tensors of these shapes cannot fill the tower of `cfg`, to be read after their name; "" if they can."""
     wanted, file = _blueprint(cfg), layouts.identify(shapes)
-    need = need or f"these adapters need {describe(wanted.shape)}; choose the file for {cfg.model}"
     if file is None:
-        raise ValueError(f"{name} is no image encoder that FlexIP knows, but {need}.")
+        return "is no image encoder that FlexIP knows"
     found = file.shape
     if found.kind == "dino" and found.positions and wanted.shape.positions:
         found = dataclasses.replace(found, positions=wanted.shape.positions)
     if found != wanted.shape:
-        raise ValueError(f"{name} is {describe(file)}, but {need}.")
+        return f"is {describe(file)}"
     converted = layouts.converted_shapes(shapes, file)
     missing, extra = sorted(wanted.tensors.keys() - converted.keys()), sorted(converted.keys() - wanted.tensors.keys())
+    if any(quantised(key) for key in extra):
+        key = next(key for key in extra if quantised(key))
+        return f"is the right encoder but quantised in a way that FlexIP does not read ({one_line(key, 80)})"
     if missing or extra:
         what = f"lacks {len(missing)} tensors ({missing[0]})" if missing else f"has extra tensors ({extra[0]})"
-        raise ValueError(f"{name} looks like the right encoder but {what}; {need}.")
+        return f"looks like the right encoder but {what}"
     for key, shape in converted.items():
         if shape != wanted.tensors[key] and not (file.shape.kind == "dino" and key == "pos_embed"):
-            raise ValueError(
-                f"{name} looks like the right encoder but its {key} has the shape {shape} instead of "
-                f"{wanted.tensors[key]}; {need}."
-            )
-    return file
+            return f"looks like the right encoder but its {key} has the shape {shape} instead of {wanted.tensors[key]}"
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,11 +289,7 @@ def _blueprint(cfg: ClipConfig | DinoConfig) -> _Blueprint:
 
 def fits_shapes(shapes: Mapping[str, tuple[int, ...]], cfg: ClipConfig | DinoConfig) -> bool:
     """Whether a file (or a connected encoder) with these tensors can fill the tower of `cfg`."""
-    try:
-        check_fits("", shapes, cfg)
-    except ValueError:
-        return False
-    return True
+    return not why_not(shapes, cfg)
 
 
 def load_tower(

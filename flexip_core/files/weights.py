@@ -8,6 +8,7 @@ sentence that names the file and says what to do.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -18,13 +19,14 @@ import stat
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from . import stored
 from .pickles import FalseSize, NotAsTorchPacks, NotPlain, TooManyOpcodes, scan_legacy, scan_zip
 
 # https://github.com/huggingface/safetensors#format: 8 bytes of header length, JSON header, data.
@@ -67,16 +69,17 @@ class Header:
 def read_header(path: str | Path) -> Header:
     """Names, shapes and dtypes of all tensors in a weight file, without reading the tensors.
 
-    Reads safetensors and torch.save files. Raises ValueError, one sentence naming the file, if it is not a whole,
+    Reads safetensors and torch.save files, and for one part of a model the whole set of parts. Scales of float8 weights are no
+    tensors of their own here: `read_tensors` multiplies them out. Raises ValueError, one sentence naming the file, if it is not a whole,
     plain weight file.
     """
     path = Path(path)
-    if is_safetensors(path):
-        return _safetensors_header(path)
-    tensors = _unpickle(path)
-    return Header(
-        path, {k: tuple(t.shape) for k, t in tensors.items()}, {k: _dtype_name(t.dtype) for k, t in tensors.items()}
-    )
+    header = _merged(path, [_open(part)[0] for part in _parts(path)])
+    hidden = stored.aside(header.shapes, stored.scales(header.shapes, header.dtypes))
+    if not hidden:
+        return header
+    shapes = {key: shape for key, shape in header.shapes.items() if key not in hidden}
+    return Header(path, shapes, {key: header.dtypes[key] for key in shapes}, header.metadata)
 
 
 def read_tensors(path: str | Path, keys: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
@@ -87,17 +90,59 @@ def read_tensors(path: str | Path, keys: Iterable[str] | None = None) -> dict[st
     as `read_header` does, and if one of `keys` is missing.
     """
     path = Path(path)
-    if is_safetensors(path):
-        wanted = _check_keys(path, _safetensors_header(path).shapes, keys)
-        from safetensors import safe_open
+    opened = [_open(part) for part in _parts(path)]
+    header = _merged(path, [one for one, _ in opened])
+    scales = stored.scales(header.shapes, header.dtypes)
+    hidden = stored.aside(header.shapes, scales)
+    wanted = _check_keys(path, [key for key in header.shapes if key not in hidden], keys)
+    needed = {*wanted, *(scales[key] for key in wanted if key in scales)}
+    tensors: dict[str, torch.Tensor] = {}
+    for one, read in opened:
+        tensors |= read([key for key in one.shapes if key in needed])
+    return {
+        key: stored.multiplied(tensors[key], tensors[scales[key]]) if key in scales else tensors[key] for key in wanted
+    }
 
-        try:
-            with safe_open(str(path), framework="pt", device="cpu") as file:
-                return {key: file.get_tensor(key) for key in wanted}
-        except Exception:  # noqa: BLE001 - what our own header check lets through, in whatever way the library takes it
-            raise _bad(path, f"is a damaged safetensors file; {_AGAIN}") from None
+
+def _parts(path: Path) -> list[Path]:
+    try:
+        return stored.parts_of(path)
+    except ValueError as error:
+        raise _bad(path, str(error)) from None
+
+
+def _open(path: Path) -> tuple[Header, Callable[[list[str]], dict[str, torch.Tensor]]]:
+    """What one file contains, and how to read tensors of it."""
+    if is_safetensors(path):
+        return _safetensors_header(path), functools.partial(_read_safetensors, path)
     tensors = _unpickle(path)
-    return {key: tensors[key] for key in _check_keys(path, tensors, keys)}
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    dtypes = {key: _dtype_name(tensor.dtype) for key, tensor in tensors.items()}
+    return Header(path, shapes, dtypes), lambda keys: {key: tensors[key] for key in keys}
+
+
+def _read_safetensors(path: Path, keys: list[str]) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in keys}
+    except Exception:  # noqa: BLE001 - what our own header check lets through, in whatever way the library takes it
+        raise _bad(path, f"is a damaged safetensors file; {_AGAIN}") from None
+
+
+def _merged(path: Path, headers: list[Header]) -> Header:
+    """The header of a set of parts, under the path that was asked for."""
+    if len(headers) == 1:
+        return headers[0]
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    for header in headers:
+        if twice := sorted(shapes.keys() & header.shapes.keys()):
+            raise _bad(header.path, f"and another part both hold the tensor {one_line(twice[0], 80)!r}; {_AGAIN}")
+        shapes |= header.shapes
+        dtypes |= header.dtypes
+    return Header(path, shapes, dtypes, headers[0].metadata)
 
 
 def read_weights(path: str | Path, keys: Iterable[str] | None = None) -> dict[str, torch.Tensor]:

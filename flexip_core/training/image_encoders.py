@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..encoders.layouts import describe, identify
+from ..encoders.published import is_published
 from ..encoders.scorer_files import Unsuited, clip_scorer, dino_scorer
 from ..encoders.towers import check_fits, fits_shapes
 from ..files.weights import name_of, read_header
@@ -44,11 +46,15 @@ def choose(role: str, paths: Mapping[str, str], where: str) -> str:
             encoder, shape = encoder_in(role, path), identify(read_header(path)).shape
         except ValueError:
             continue  # choosing the file by its name says what is wrong with it
-        found.append((encoder != _OWN[role], -shape.depth * shape.width**2, name))
+        found.append((encoder != _OWN[role], -shape.depth * shape.width**2, not is_published(path), name))
     if not found:
         looked = ", ".join(f"{name} ({_what(path)})" for name, path in paths.items()) or "no files at all"
         raise ValueError(f"{role}: no file in {where} is {NEEDED[role]}; put one there. Looked at: {looked}.")
-    return paths[min(found)[2]]
+    taken = min(found)
+    equal = sorted(name for *rank, _, name in found if rank == list(taken[:2]))
+    if len(equal) > 1:
+        logging.info("%s: %s, taken of %d that serve equally: %s.", role, taken[-1], len(equal), ", ".join(equal))
+    return paths[taken[-1]]
 
 
 def _what(path: str) -> str:

@@ -4,6 +4,7 @@ folders that artists link into models/ keep working.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 
@@ -16,6 +17,7 @@ from flexip_pack.nodes.auto_gate import FlexIPAutoGate
 from flexip_pack.nodes.load import LoadFlexIPAdapters
 from flexip_pack.nodes.reference_files import FlexIPLoadReference, FlexIPSaveReference
 from flexip_pack.nodes.score import FlexIPScore
+from flexip_pack.nodes.train import FlexIPTrain
 from test_load_and_encode import adapters_file, load, picture
 from test_reference_nodes import reference
 
@@ -27,7 +29,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows makes links 
 def world(tmp_path, monkeypatch):
     """ComfyUI's folders, empty, and a private one beside them with the files that a bad name could reach."""
     table = dict(folder_paths.folder_names_and_paths)
-    for name in (*files.ADAPTER_FOLDERS, files.ENCODER_FOLDER, "private", "input", "output"):
+    for name in (*files.ADAPTER_FOLDERS, files.ENCODER_FOLDER, "checkpoints", "private", "input", "output"):
         (tmp_path / name).mkdir()
         table[name] = ([str(tmp_path / name)], EXTENSIONS)
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", table)
@@ -124,12 +126,26 @@ def test_fingerprints_of_bad_names_are_sentences_too(world):
         refused("LoadFlexIPAdapters", LoadFlexIPAdapters.fingerprint_inputs, "good.safetensors", "auto", "auto", name)
 
 
-def test_every_combo_of_files_is_checked_by_comfyui_against_its_list(world):
-    """ComfyUI itself refuses what is not listed, unless validate_inputs takes that over, as Load FlexIP Reference does."""
-    for node in (LoadFlexIPAdapters, FlexIPScore, FlexIPAutoGate):
-        assert "validate_inputs" not in vars(node)
-        node.define_schema()
-    assert "good.safetensors" in LoadFlexIPAdapters.define_schema().inputs[0].options
+@pytest.mark.parametrize("node", [LoadFlexIPAdapters, FlexIPScore, FlexIPAutoGate, FlexIPTrain])
+def test_every_combo_of_files_refuses_what_is_not_listed(world, node):
+    """ComfyUI leaves the check to validate_inputs, which takes either separator and is otherwise as strict as the list."""
+    (world / "flexip" / "sub").mkdir()
+    adapters_file(world, "sub/good.safetensors")
+    mini.make_mini_encoders(world / files.ENCODER_FOLDER / "sub")
+    (world / "checkpoints" / "sub").mkdir()
+    (world / "checkpoints" / "sub" / "base.safetensors").write_bytes(b"x")
+    folder_paths.filename_list_cache.clear()
+    options = {one.id: getattr(one, "options", None) for one in node.define_schema().inputs}
+    inputs = list(inspect.signature(node.validate_inputs).parameters)
+    listed = {name: options[name][-1] for name in inputs}
+    assert all("sub/" in choice for choice in listed.values())
+    assert node.validate_inputs(**listed) is True
+    assert node.validate_inputs(**{name: choice.replace("/", "\\") for name, choice in listed.items()}) is True
+    assert node.validate_inputs(**dict.fromkeys(inputs)) is True, "values that come over wires"
+    for input_name in inputs:
+        for bad in names(world, "secret.safetensors"):
+            said = node.validate_inputs(**{**listed, input_name: bad})
+            assert f"{input_name} is " in sentence(said, node.define_schema().node_id)
 
 
 def test_no_reference_name_leads_out_of_the_folders(world):
@@ -189,7 +205,8 @@ def test_model_folders_and_files_that_are_linked_in_keep_working(world):
         LoadFlexIPAdapters.fingerprint_inputs(name, "auto", "auto", "auto")
     report = FlexIPScore.execute(picture(), picture(), clip_vision=f"disk/{mini.MINI_CLIP_FILE}", dino="none").args[0]
     assert "CLIP-I 1.000" in report
-    assert "no file" in refused("LoadFlexIPAdapters", load, "broken.safetensors")
+    said = refused("LoadFlexIPAdapters", load, "broken.safetensors")
+    assert "broken.safetensors' in" in said and "is a link that leads nowhere" in said and "gone' is missing" in said
 
 
 @posix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from flexip_core.encoders import towers
+from flexip_core.encoders.layouts import describe, identify
 from flexip_core.encoders.towers import check_fits, describe_model, image_size, load_tower, wanted_shape
+from flexip_core.files.weights import read_header
 from flexip_core.network.config import ClipConfig, DinoConfig
 
 transformers.logging.set_verbosity_error()
@@ -195,6 +198,96 @@ def test_dino_patch_tokens_equal_transformers_at_518_px(tmp_path, cfg, make, lay
         theirs, ours = hf(pixels).last_hidden_state, tower(pixels)
     assert ours.shape == (1, 37 * 37, 32) and ours.std() > 0.1
     torch.testing.assert_close(ours, theirs[:, -37 * 37 :], atol=1e-4, rtol=1e-4)
+
+
+DINOV3 = DinoConfig("vit_small_patch16_dinov3_qkvb", 48, 224, {"embed_dim": 48, "depth": 2, "num_heads": 2})
+
+
+def hf_dinov3(**changes):
+    sizes = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.DINOv3ViTConfig(**sizes, image_size=224, patch_size=16, num_register_tokens=4, **changes)
+    return shaken(transformers.DINOv3ViTModel(config))
+
+
+def bare(hf: torch.nn.Module, tmp_path: Path) -> dict:
+    return hf.state_dict()
+
+
+def as_meta_dinov3(hf: torch.nn.Module, tmp_path: Path) -> dict:
+    """Meta's names, from facebookresearch/dinov3, dinov3/models/vision_transformer.py and layers; bias_mask holds k's at zero."""
+    embeddings = hf.embeddings
+    state = {
+        "cls_token": embeddings.cls_token,
+        "storage_tokens": embeddings.register_tokens,
+        "mask_token": embeddings.mask_token[0],
+        "rope_embed.periods": torch.ones(6),
+        "patch_embed.proj.weight": embeddings.patch_embeddings.weight,
+        "patch_embed.proj.bias": embeddings.patch_embeddings.bias,
+        "norm.weight": hf.norm.weight,
+        "norm.bias": hf.norm.bias,
+    }
+    for i, layer in enumerate(hf.model.layer):
+        at, mlp = layer.attention, layer.mlp
+        parts = {"norm1": layer.norm1, "norm2": layer.norm2, "attn.proj": at.o_proj}
+        if hasattr(mlp, "gate_proj"):
+            parts |= {"mlp.w1": mlp.gate_proj, "mlp.w2": mlp.up_proj, "mlp.w3": mlp.down_proj}
+        else:
+            parts |= {"mlp.fc1": mlp.up_proj, "mlp.fc2": mlp.down_proj}
+        state |= {
+            f"blocks.{i}.{name}.{k}": getattr(part, k) for name, part in parts.items() for k in ("weight", "bias")
+        }
+        state[f"blocks.{i}.attn.qkv.weight"] = torch.cat([p.weight for p in (at.q_proj, at.k_proj, at.v_proj)])
+        state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([at.q_proj.bias, torch.full((48,), 9.0), at.v_proj.bias])
+        state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.ones(144)
+        state[f"blocks.{i}.ls1.gamma"], state[f"blocks.{i}.ls2.gamma"] = (
+            layer.layer_scale1.lambda1,
+            layer.layer_scale2.lambda1,
+        )
+    return {key: value.detach() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("layout", [as_transformers, bare, as_meta_dinov3])
+def test_dinov3_patch_tokens_equal_transformers(tmp_path, layout, gated):
+    hf, pixels = hf_dinov3(use_gated_mlp=gated, hidden_act="silu" if gated else "gelu"), torch.randn(1, 3, 224, 224)
+    name = "vit_small_plus_patch16_dinov3_qkvb" if gated else DINOV3.model
+    path = saved(tmp_path, layout(hf, tmp_path))
+    assert describe(identify(read_header(path))).startswith("DINOv3 ViT")
+    tower = load_tower(dataclasses.replace(DINOV3, model=name), path)
+    with torch.no_grad():
+        theirs, ours = hf(pixels).last_hidden_state[:, 5:], tower(pixels)
+    assert ours.shape == (1, 196, 48) and ours.std() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_dinov3_is_refused_by_its_name_where_dinov2_is_wanted(tmp_path):
+    with pytest.raises(ValueError, match=r"is DINOv3 ViT .*4 registers\), but these adapters need DINOv2"):
+        load_tower(DINO, saved(tmp_path, as_transformers(hf_dinov3(), tmp_path)))
+
+
+def test_a_clip_in_scaled_float8_gives_what_its_products_give(tmp_path):
+    hf, pixels = hf_clip(), torch.randn(1, 3, 56, 56)
+    tensors, products = dict(as_transformers(hf, tmp_path)), {}
+    for key, value in list(tensors.items()):
+        products[key] = value
+        if key.endswith("fc1.weight"):
+            tensors[key] = (value / 0.5).to(torch.float8_e4m3fn)
+            tensors[key.replace(".weight", ".scale_weight")] = torch.tensor(0.5)
+            products[key] = tensors[key].float() * 0.5
+    with torch.no_grad():
+        ours, theirs = load_tower(CLIP, saved(tmp_path, tensors))(pixels), load_tower(CLIP, products)(pixels)
+        assert torch.equal(ours, theirs) and not torch.equal(
+            ours, load_tower(CLIP, as_transformers(hf, tmp_path))(pixels)
+        )
+
+
+def test_another_quantisation_is_refused_by_the_true_reason(tmp_path):
+    tensors = dict(as_transformers(hf_clip(), tmp_path))
+    key = next(key for key in tensors if key.endswith("fc1.weight"))
+    tensors[key] = tensors[key].to(torch.int8)
+    tensors[key.replace(".weight", ".weight_scale")] = torch.ones(128)
+    with pytest.raises(ValueError, match=r"is the right encoder but quantised in a way that FlexIP does not read"):
+        load_tower(CLIP, saved(tmp_path, tensors))
 
 
 @pytest.mark.parametrize("layout", [as_transformers, as_meta])
