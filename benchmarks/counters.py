@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -26,6 +27,7 @@ CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
 }
 COPIES = {"aten::_to_copy", "aten::copy_"}  # a sync where they leave a GPU; on a CPU run there is none to see
+UPLOAD = "blocking copy to a device"
 PROJECTIONS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::matmul"}
 
 
@@ -36,6 +38,7 @@ class Cost:
     syncs: int  # values that the host waits for
     megabytes: float  # of all results, in-place ones too
     matmuls: int  # linear layers among the operations: a projection would show here
+    uploads: int = 0  # copies from the CPU to another device ("meta" stands for one on a CPU) that the host waits for
 
     def __sub__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
@@ -52,6 +55,8 @@ class _Operations(TorchDispatchMode):
         name = function._schema.name
         if name in COPIES and _leaves_the_gpu(args, result):
             self.counts["copy to the host"] += 1
+        if name in COPIES and _enters_a_device(args, result) and not _is_non_blocking(function, args, kwargs):
+            self.counts[UPLOAD] += 1
         if name in SYNCS or not _is_view(function):
             self.counts[name] += 1
             for tensor in result if isinstance(result, (tuple, list)) else [result]:
@@ -60,9 +65,38 @@ class _Operations(TorchDispatchMode):
         return result
 
 
+class _Numbers(TorchFunctionMode):
+    """`torch.tensor(numbers, device=...)` copies out of sight of the dispatcher, and waits."""
+
+    MAKERS = (torch.tensor, torch.as_tensor, torch.asarray)
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in self.MAKERS and not isinstance(args[0], torch.Tensor) and result.device.type != "cpu":
+            self.counts[UPLOAD] += 1
+        return result
+
+
 def _leaves_the_gpu(args: tuple, result: Any) -> bool:
     sources = [t for t in args if isinstance(t, torch.Tensor) and t.device.type != "cpu"]
     return bool(sources) and isinstance(result, torch.Tensor) and result.device.type == "cpu"
+
+
+def _enters_a_device(args: tuple, result: Any) -> bool:
+    sources = (
+        args[1:2] if len(args) > 1 and isinstance(args[1], torch.Tensor) else args[:1]
+    )  # copy_(to, from), _to_copy(from)
+    return sources[0].device.type == "cpu" and isinstance(result, torch.Tensor) and result.device.type != "cpu"
+
+
+def _is_non_blocking(function: Any, args: tuple, kwargs: dict | None) -> bool:
+    names = [argument.name for argument in function._schema.arguments]
+    given = {**dict(zip(names, args)), **(kwargs or {})}
+    return bool(given.get("non_blocking", False))
 
 
 def _is_view(function: Any) -> bool:
@@ -78,15 +112,17 @@ def _is_view(function: Any) -> bool:
 
 def count(call: Callable[[], Any]) -> Cost:
     operations = _Operations()
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as flops, operations:
+    flops = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    with flops, operations, _Numbers(operations.counts):
         call()
     total = operations.counts
     return Cost(
-        sum(total.values()) - total["copy to the host"],
+        sum(total.values()) - total["copy to the host"] - total[UPLOAD],
         flops.get_total_flops() / 1e9,
         sum(total[name] for name in SYNCS),
         operations.bytes / 1e6,
         sum(total[name] for name in PROJECTIONS),
+        total[UPLOAD],
     )
 
 

@@ -25,7 +25,7 @@ from ..flexip_core.run.run import LinkRun, Run
 from ..flexip_core.run.schedule import GateCurve, PercentOfSigma
 from . import notices, report, tags
 from .conditioning import OWN, without_reminders
-from .slots import base_attention, fork_patches, has_neighbour, slots_of
+from .slots import base_attention, fork_patches, has_neighbour, sdpa, slots_of
 
 KEY = "flexip"
 LINKS = "flexip_links"
@@ -65,7 +65,7 @@ def attach(model: Any, link: Link) -> Any:
     addresses = [block_of(address) for address in link.network.block_widths]
     for kind, number, index in addresses:
         previous = slots.get((kind, number, index), slots.get((kind, number)))
-        patch = GatedAttention(f"{kind}.{number}.{index}", len(links), base_attention, previous)
+        patch = GatedAttention(f"{kind}.{number}.{index}", len(links), base_attention, previous, sdpa)
         model.set_model_attn2_replace(patch, kind, number, transformer_index=index)
         if sum(other[:2] == (kind, number) for other in addresses) == 1:
             # packs for SD1.5 use the two-part key, and core looks up the three-part key first

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.ldm.modules.attention
+import comfy.ops
 import torch
 
 from ..flexip_core.network.attention import GatedAttention
@@ -17,6 +18,11 @@ from ..flexip_core.run.run import LinkRun
 
 def base_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, **kwargs: Any) -> torch.Tensor:
     return comfy.ldm.modules.attention.optimized_attention(q, k, v, heads, **kwargs)  # looked up late: packs rebind it
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Torch's attention with the backends in ComfyUI's own order: by itself torch may prefer one that plans anew for every shape."""
+    return comfy.ops.scaled_dot_product_attention(q, k, v, **kwargs)  # looked up late, too
 
 
 def fork_patches(source: Any, clone: Any) -> None:

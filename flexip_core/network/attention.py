@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+Sdpa = Callable[..., torch.Tensor]  # torch's scaled_dot_product_attention or one called as it is
+
 
 class Branch(NamedTuple):
     """K and V of one softmax, ready for a block: everything that does not depend on the place is folded in.
@@ -28,18 +30,25 @@ class Branch(NamedTuple):
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    mask: torch.Tensor | None = None,
+    sdpa: Sdpa = F.scaled_dot_product_attention,
 ) -> torch.Tensor:
     """softmax(q kT / sqrt(d)) v for q (b, n, c) and k, v (b, m, c); returns (b, n, c).
 
-    Torch's own kernel whatever attention ComfyUI uses elsewhere: m is tiny, and quantising kernels ruin such short sums.
+    A kernel of torch's whatever attention ComfyUI uses elsewhere: m is tiny, and quantising kernels ruin such short sums.
     """
     b, n, c = q.shape
     q, k, v = (t.view(t.shape[0], t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v))  # b h n|m d
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(b, n, c)
+    return sdpa(q, k, v, attn_mask=mask).transpose(1, 2).reshape(b, n, c)
 
 
-def place_gated_attention(q: torch.Tensor, branch: Branch, gate: torch.Tensor, heads: int) -> torch.Tensor:
+def place_gated_attention(
+    q: torch.Tensor, branch: Branch, gate: torch.Tensor, heads: int, sdpa: Sdpa = F.scaled_dot_product_attention
+) -> torch.Tensor:
     """Gate mode `tokens` with a gate per image token, gate (b or 1, n, 1): softmax over [gate * Kp ; (1 - gate) * Ks].
 
     A query's gate scales the scores of the first tokens, 1 - gate those of the others, and the same factors their values. Both fit
@@ -53,25 +62,31 @@ def place_gated_attention(q: torch.Tensor, branch: Branch, gate: torch.Tensor, h
     q = torch.cat([q * gate, q * (1 - gate)], dim=-1)
     k, v = (torch.cat([t * first, t * (1 - first)], dim=-1) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # b h n|m 2d
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=branch.mask, scale=scale).transpose(1, 2)  # b n h 2d
+    out = sdpa(q, k, v, attn_mask=branch.mask, scale=scale).transpose(1, 2)  # b n h 2d
     first_half, second_half = out.chunk(2, dim=-1)
     return (first_half * gate + second_half * (1 - gate)).reshape(b, n, c)
 
 
 def decoupled_attention(
-    base: torch.Tensor, q: torch.Tensor, branches: tuple[Branch, ...], heads: int, grid: tuple[int, int] | None = None
+    base: torch.Tensor,
+    q: torch.Tensor,
+    branches: tuple[Branch, ...],
+    heads: int,
+    grid: tuple[int, int] | None = None,
+    sdpa: Sdpa = F.scaled_dot_product_attention,
 ) -> torch.Tensor:
     """base + sum of Attn(q, K, V): one branch per adapter in gate mode `outputs`, one in all in mode `tokens`.
 
     `grid` (height, width) of the block's image tokens, as the model reports it: where a neighbour (deep shrink) runs the block at
-    another size than the UNet would, the maps of the branches follow.
+    another size than the UNet would, the maps of the branches follow. `sdpa` is torch's scaled_dot_product_attention, or a
+    wrapper of it that chooses the backend.
     """
     for branch in branches:
         branch = _in_dtype(branch, q.dtype)
         if branch.place_gate is None:
-            added = attention(q, branch.k, branch.v, heads, branch.mask)
+            added = attention(q, branch.k, branch.v, heads, branch.mask, sdpa)
         else:
-            added = place_gated_attention(q, branch, per_token(branch.place_gate, q.shape[1], grid), heads)
+            added = place_gated_attention(q, branch, per_token(branch.place_gate, q.shape[1], grid), heads, sdpa)
         if branch.place is not None:
             added = added * per_token(branch.place, q.shape[1], grid)
         base = base + added
@@ -106,12 +121,18 @@ class GatedAttention:
     """
 
     def __init__(
-        self, address: str, position: int, base_attention: Callable[..., torch.Tensor], previous: Callable | None = None
+        self,
+        address: str,
+        position: int,
+        base_attention: Callable[..., torch.Tensor],
+        previous: Callable | None = None,
+        sdpa: Sdpa = F.scaled_dot_product_attention,
     ):
         self.address = address
         self.position = position
         self.base_attention = base_attention
         self.previous = previous
+        self.sdpa = sdpa
         self.added: tuple[tuple[Callable, dict[str, Any]], ...] = ()
 
     def __call__(
@@ -126,7 +147,7 @@ class GatedAttention:
             )
         branches = extra_options.get("flexip", {}).get((self.position, self.address))
         if branches is not None:
-            out = decoupled_attention(out, q, branches, heads, block_grid(extra_options))
+            out = decoupled_attention(out, q, branches, heads, block_grid(extra_options), self.sdpa)
         return _run_added(self.added, out, q, k, v, extra_options) if self.added else out
 
     def add(self, callback: Callable, **kwargs: Any) -> None:
@@ -134,7 +155,7 @@ class GatedAttention:
         self.added += ((callback, kwargs),)
 
     def fork(self) -> GatedAttention:
-        twin = GatedAttention(self.address, self.position, self.base_attention, self.previous)
+        twin = GatedAttention(self.address, self.position, self.base_attention, self.previous, self.sdpa)
         twin.added = self.added
         return twin
 

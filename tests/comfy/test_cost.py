@@ -8,7 +8,7 @@ import tiny
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from counters import peak_megabytes, per_call
+from counters import count, peak_megabytes, per_call
 from flexip_pack.flexip_core.network.adapters import ADAPTERS
 from flexip_pack.flexip_core.run.schedule import GateCurve
 from models import Bench, Link, Reference, runtime
@@ -51,6 +51,25 @@ def test_gates_per_row_cost_no_more_than_one_gate(bench, mode):
     bare = per_call(lambda steps: bench.sample(bench.model, steps, 4))
     extra = cost(bench, mode, (0.0, 0.3, 0.6, 1.0), batch=4) - bare
     assert extra.operations <= 6 * BLOCKS + PER_CALL and extra.syncs == 0 and extra.matmuls == 0
+
+
+@pytest.mark.parametrize(
+    "copy, uploads",
+    [
+        (lambda t: t.to("meta"), 1),
+        (lambda t: t.to("meta", torch.float16), 1),
+        (lambda t: torch.empty(3, device="meta").copy_(t), 1),
+        (lambda t: torch.tensor([1.0, 2.0], device="meta"), 1),
+        (lambda t: torch.as_tensor([1.0, 2.0], device="meta"), 1),
+        (lambda t: t.to("meta", non_blocking=True), 0),
+        (lambda t: torch.empty(3, device="meta").copy_(t, non_blocking=True), 0),
+        (lambda t: torch.full((2,), 1.0, device="meta"), 0),
+        (lambda t: torch.tensor([1.0, 2.0]).to(torch.float16), 0),
+    ],
+)
+def test_copies_to_a_device_that_the_host_waits_for_are_counted(copy, uploads):
+    """A second device stands for the GPU."""
+    assert count(lambda: copy(torch.ones(3))).uploads == uploads
 
 
 def test_cost_grows_linearly_with_links(bench, bare):
