@@ -1,9 +1,14 @@
 """A look through a torch.save file's pickle before torch reads it: nothing is built, and every claimed size is checked.
 
-torch's `weights_only` runs no code, but it allocates what a pickle claims: storages of any size in the old format, tensors
+What this guards is memory. Against code torch's own loader is guard enough: `weights_only` runs none. But it allocates what a
+pickle claims, before it looks at what the file holds: storages of any size in the old format, tensors
 larger than their storage, `torch.Tensor(2**40)`. Only what plain weights need passes here; the opcodes are those that torch
 reads, so that both read the same. For the same reason a zipped file must be packed in the one way that torch and Python's
 zipfile, which is used here, cannot understand differently.
+
+It leans on `pickle._Unpickler`, the reader in Python that CPython keeps beside the one in C, which is no public name. Run on
+CPython 3.10.13, 3.11.7, 3.12.1 and 3.13.0: whole files pass in both formats, false sizes and foreign names are refused; all its
+tests run on 3.11.
 """
 
 from __future__ import annotations

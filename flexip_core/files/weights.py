@@ -11,10 +11,9 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
-import math
 import mmap
 import os
+import re
 import stat
 import struct
 import warnings
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 
 from . import stored
 from .pickles import FalseSize, NotAsTorchPacks, NotPlain, TooManyOpcodes, scan_legacy, scan_zip
@@ -122,8 +122,6 @@ def _open(path: Path) -> tuple[Header, Callable[[list[str]], dict[str, torch.Ten
 
 
 def _read_safetensors(path: Path, keys: list[str]) -> dict[str, torch.Tensor]:
-    from safetensors import safe_open
-
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in keys}
@@ -292,62 +290,34 @@ def _safetensors_header(path: Path) -> Header:
                 f"is cut off or not safetensors: its header should take {length} bytes, but the whole "
                 f"file has {size}; {_AGAIN}",
             )
-        raw = file.read(length)
     try:
-        data = json.loads(raw, object_pairs_hook=_no_duplicates)
-    except _DuplicateKey as error:
-        raise _bad(path, f"lists the name {one_line(error.args[0], 80)!r} twice in its header; {_AGAIN}") from None
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, absurdly long numbers, absurdly nested
-        raise _bad(path, f"is damaged or not safetensors (its header is not valid JSON); {_AGAIN}") from None
-    metadata = data.pop("__metadata__", {}) if isinstance(data, dict) else None
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _bad(path, f"has a header whose metadata is not a list of texts, so it is not safetensors; {_AGAIN}")
-    end = 0
-    for first, last, key in sorted(_check_entry(path, key, entry) for key, entry in data.items()):
-        if first != end:  # as the format demands, so that no byte belongs to two tensors or to none
-            what = "overlaps another one" if first < end else "leaves a gap before it"
-            raise _bad(path, f"is damaged: tensor {one_line(key, 80)!r} {what}; {_AGAIN}")
-        end = last
-    if begin + end != size:
-        state = "cut off" if begin + end > size else "too long"
-        raise _bad(path, f"is {state}: its header describes {begin + end} bytes, but the file has {size}; {_AGAIN}")
-    shapes = {key: tuple(entry["shape"]) for key, entry in data.items()}
-    dtypes = {key: _dtype_name(_DTYPES[entry["dtype"]]) for key, entry in data.items()}
-    return Header(path, shapes, dtypes, metadata)
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+            kinds = {key: part.get_dtype() for key, part in slices.items()}
+            metadata = file.metadata() or {}
+    except Exception as error:  # noqa: BLE001 - in whatever way the library takes it
+        raise _bad(path, f"{_refusal(one_line(error), size)}; {_AGAIN}") from None
+    for key, kind in kinds.items():
+        if kind not in _DTYPES or len(shapes[key]) > _MOST_DIMENSIONS:
+            stored = f"as {one_line(kind, 20)!r}" if kind not in _DTYPES else f"with {len(shapes[key])} dimensions"
+            raise _bad(
+                path,
+                f"stores tensor {one_line(key, 80)!r} {stored}, which FlexIP cannot read; "
+                "choose a file in float32, float16 or bfloat16",
+            )
+    return Header(path, shapes, {key: _dtype_name(_DTYPES[kind]) for key, kind in kinds.items()}, metadata)
 
 
-def _check_entry(path: Path, key: str, entry: Any) -> tuple[int, int, str]:
-    """Where a tensor's data begins and ends, and its name; its shape, dtype and extent must agree, so that nobody allocates by a false shape."""
-    name = one_line(key, 80)
-    try:
-        shape, (begin, end), dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
-        if len(shape) > _MOST_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
-            raise TypeError
-    except (TypeError, KeyError, ValueError):
-        raise _bad(path, f"has a damaged entry for tensor {name!r} in its header; {_AGAIN}") from None
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _bad(
-            path,
-            f"stores tensor {name!r} as {one_line(dtype, 20)!r}, which FlexIP cannot read; "
-            "choose a file in float32, float16 or bfloat16",
-        )
-    expected = math.prod(shape) * _DTYPES[dtype].itemsize
-    if end - begin != expected:
-        raise _bad(path, f"gives tensor {name!r} {end - begin} bytes where its shape needs {expected}; {_AGAIN}")
-    return begin, end, key
-
-
-class _DuplicateKey(ValueError):
-    pass
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise _DuplicateKey(key)
-        result[key] = value
-    return result
+def _refusal(error: str, size: int) -> str:
+    """What the safetensors library has found, in our words. It checks that every byte belongs to one tensor, whose shape fits."""
+    if tensor := re.search(r"offset for tensor `(.*)`", error):
+        return f"is damaged: tensor {one_line(tensor[1], 80)!r} overlaps another one or leaves a gap before it"
+    if "not fully covered" in error:
+        return f"is cut off or too long: its header describes more or fewer bytes than the {size} that the file has"
+    if "invalid shape" in error or "overflow" in error:
+        return "is damaged: shape, type and size of a tensor in its header do not agree"
+    return "is damaged or not safetensors (its header is not valid JSON of tensors and texts)"
 
 
 def _unpickle(path: Path) -> dict[str, torch.Tensor]:

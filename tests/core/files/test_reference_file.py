@@ -346,14 +346,15 @@ def test_lying_about_sizes_allocates_nothing(path):
         refused(path)
 
 
-def test_a_tensor_listed_twice_is_refused(path):
+def test_a_tensor_listed_twice_for_two_places_is_refused(path):
     content = path.read_bytes()
     end = header_end(content)
     header = content[8:end].decode()
     first = json.loads(header)["0.features.cls"]
+    first["data_offsets"] = [offset + 4 for offset in first["data_offsets"]]
     doubled = header.rstrip()[:-1] + f',"0.features.cls":{json.dumps(first)}' + "}"
     path.write_bytes(raw_safetensors(doubled.encode(), content[end:]))
-    assert "twice" in refused(path)
+    assert "damaged" in refused(path)
 
 
 def file_for(tmp_path_factory) -> Path:
