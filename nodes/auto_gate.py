@@ -114,7 +114,7 @@ class FlexIPAutoGate(io.ComfyNode):
                     "report", display_name="report", tooltip="What was found, how sure it is, and by which encoder."
                 ),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -188,11 +188,9 @@ class FlexIPAutoGate(io.ComfyNode):
         found = auto_gate.find_gate(gates, scores, wanted)
         report = in_words(found, gates, scores, wanted, steps, scorer)
         logging.info("FlexIP Auto Gate\n%s", report)
-        notices.tell(cls, report)
         plot = curve(found, gates, scores, wanted, scorer.name)
-        return io.NodeOutput(
-            with_gates(model, (found.gate,)), found.gate, plot, report, ui=ui.PreviewImage(plot, cls=cls)
-        )
+        shown = notices.said(report) | ui.PreviewImage(plot, cls=cls).as_dict()
+        return io.NodeOutput(with_gates(model, (found.gate,)), found.gate, plot, report, ui=shown)
 
 
 def first_of(latent: dict) -> dict:
@@ -223,12 +221,16 @@ def in_words(
     noises, mean = len(scores), scores.mean(axis=0)
     range_text = f"measured {mean.min():.3f} to {mean.max():.3f}"
     if not found.reached:
+        advice = "use gate 1.00: no gate reaches the target, and this one comes as close as these adapters can"
         first = f"no gate reaches {wanted:.3f} ({range_text}); gate 1 is taken, which keeps the most that these adapters can"
     elif found.gate <= gates[0]:
+        advice = "use gate 0.00: every gate reaches the target"
         first = f"gate 0: every gate reaches {wanted:.3f} ({range_text})"
     else:
+        reaching = sum(bool(np.interp(found.gate, gates, row) >= wanted - 1e-6) for row in scores)
+        advice = f"use gate {found.gate:.2f}: there {reaching} of {noises} tries reached your target"
         first = f"gate {found.gate:.2f} reaches {wanted:.3f} ({range_text})"
-    lines = [first]
+    lines = [advice, first]
     if found.reached and noises > 1:
         lines.append(
             f"single noises reach it between {found.lowest:.2f} and {found.highest:.2f}"

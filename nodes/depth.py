@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.v0_0_2 import io, ui
+from comfy_api.v0_0_2 import io
 
 from ..flexip_core.network.blocks import block_levels
 from ..flexip_core.run import depth
@@ -46,7 +46,6 @@ class FlexIPBlocks(io.ComfyNode):
                     "blocks", display_name="blocks", tooltip="Wire it into Apply FlexIP Gate, blocks."
                 )
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -69,10 +68,7 @@ class FlexIPBlocks(io.ComfyNode):
             raise ValueError(
                 f"{depth.NODE}: the model ({type(model.model).__name__}) is not a UNet with text cross-attentions, so it has no blocks. Wire the SD1.5 or SDXL model that Apply FlexIP Gate gets."
             )
-        # as progress text, too: the page shows a text output only on its own preview nodes
-        text = notices.sentences(strengths.in_words(levels))
-        notices.tell(cls, text)
-        return io.NodeOutput(strengths, ui=ui.PreviewText(text))
+        return io.NodeOutput(strengths, ui=notices.said(notices.sentences(strengths.in_words(levels))))
 
 
 def _choice(adapter: str, purpose: str) -> io.Combo.Input:

@@ -18,6 +18,7 @@ from . import notices, runtime
 from .checks import check_latent, check_numbers
 from .compat import KEEP_PREVIEW
 from .errors import named
+from .notices import Report
 from .observe import Recorder, look
 from .sampler import decode
 from .scorers import check_pictures
@@ -178,18 +179,18 @@ class FlexIPAttentionMaps(io.ComfyNode):
         span = (end_percent - start_percent) / steps
         percents = [start_percent + (step + 0.5) * span for step in range(steps)]
         recorder = Recorder(measure, len(labels), latent["samples"], first_prompt_only=show != ADAPTERS)
-        run_report = look(model, positive, latent, percents, seed, chosen, recorder)
+        warnings = look(model, positive, latent, percents, seed, chosen, recorder)
         refuse_nothing(recorder)
         result = recorder.mean.result()  # (g, b, h, w)
-        report = in_words(show, labels, result, chosen, recorder, links, [*notes, *warnings_in(run_report)])
-        logging.info("FlexIP attention maps\n%s", report)
-        notices.tell(cls, report)
+        report = in_words(show, labels, result, chosen, recorder, links, notes, warnings)
+        logging.info("FlexIP attention maps\n%s", report.text)
 
         pictures = pictures_of(image, vae, latent["samples"])
         masks = F.interpolate(result, size=pictures.shape[1:3], mode="bilinear").flatten(0, 1)
         sheet = draw(pictures, result, [f"{label} {percent(mean)}" for label, mean in zip(labels, means(result))])
-        shown = {"text": (report,)} | ui.PreviewImage(sheet, cls=cls).as_dict()
-        return io.NodeOutput(sheet, masks / masks.max().clamp_min(1e-12), report, ui=shown)
+        said = notices.said(report, notices.id_of(cls))
+        shown = said | ui.PreviewImage(sheet, cls=cls).as_dict()
+        return io.NodeOutput(sheet, masks / masks.max().clamp_min(1e-12), report.text, ui=shown)
 
 
 def check(
@@ -308,7 +309,8 @@ def in_words(
     recorder: Recorder,
     links: tuple,
     notes: list[str],
-) -> str:
+    warnings: tuple[str, ...],
+) -> Report:
     what = "of the text's attention" if show == WORDS else "of what the text adds on average"
     lines = [
         f"{label}: {percent(mean)} {what}, at most {percent(highest)}"
@@ -325,11 +327,7 @@ def in_words(
         ),
         *notes,
     ]
-    return notices.sentences(lines)
-
-
-def warnings_in(report: str) -> list[str]:
-    return [part for part in report.replace("\n\n", notices.END).split(notices.END) if part.startswith(notices.WARNING)]
+    return Report(lines[0], tuple(lines[1:]), warnings)
 
 
 def pictures_of(image: torch.Tensor | None, vae: Any, samples: torch.Tensor) -> torch.Tensor:

@@ -1,34 +1,73 @@
-"""Where words about a run go: the log, the node in the page, and FlexIPSampler's report output."""
+"""Where words about a run go: the log, the nodes of the page, and FlexIPSampler's report output."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import comfy.model_management as mm
+import torch
 from comfy_api.v0_0_2 import io
+from comfy_execution.utils import get_executing_context
 
 from ..flexip_core.run.chain import Link
 
 WARNING = "WARNING: "
-# what begins a tag, an entity, a link of the page's own kind (and its stand-in), or joins the two halves of a Markdown link
-_MARKUP = re.compile(r"<(?=[a-zA-Z/!?])|&(?=[a-zA-Z#])|\[(?=\[)|__LNK(?=\d)|\](?=[(\[:])")
-_ZERO_WIDTH_SPACE = "\u200b"
+REPORT = "flexip_report"  # key in a node's outputs on the page; web/js/report.js draws it
 END = ".\n"  # of a sentence that others follow
 
 
-def publish(paragraphs: Sequence[str], links: Sequence[Link], listener: Callable[[str], None] | None) -> None:
-    """All paragraphs to the log and to FlexIPSampler, and each to the Apply node of its link; warnings stand out there."""
-    report = "\n\n".join(paragraphs)
-    logging.log(logging.WARNING if WARNING in report else logging.INFO, "FlexIP\n%s", report)
+@dataclass(frozen=True)
+class Report:
+    """What a node has to say: one plain line, the warnings, and the rest, which the page keeps folded."""
+
+    line: str
+    details: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, text: str) -> Report:
+        """The first sentence or line of a text, and the rest."""
+        line, *details = filter(None, re.split(r"\.?\n+", text.strip()))
+        return cls(line, tuple(details))
+
+    @classmethod
+    def of_chain(cls, reports: Sequence[Report]) -> Report:
+        """Of several links of a chain: the line of the last one, which is the one that a sweep turns."""
+        details = tuple(
+            part for report in reports for part in (*((report.line,) * (len(reports) > 1)), *report.details)
+        )
+        return cls(reports[-1].line, details, tuple(warning for report in reports for warning in report.warnings))
+
+    @property
+    def text(self) -> str:
+        """Warnings first."""
+        return sentences((*(WARNING + warning for warning in self.warnings), self.line, *self.details))
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """What web/js/report.js draws."""
+        return {"line": self.line, "details": self.details, "warnings": self.warnings, "versions": versions()}
+
+
+def publish(reports: Sequence[Report], links: Sequence[Link], listener: Callable[[Report], None] | None) -> None:
+    """All reports of a chain to the log and to the listener, and each to the Apply node of its link."""
+    level = logging.WARNING if any(report.warnings for report in reports) else logging.INFO
+    logging.log(level, "FlexIP\n%s", "\n\n".join(report.text for report in reports))
     if listener is not None:
-        listener(report)
-    for link, paragraph in zip(links, paragraphs):
-        send(paragraph, link.node_id)
+        listener(Report.of_chain(reports))
+    for link, report in zip(links, reports):
+        send(report, link.node_id)
 
 
 def sentences(lines: Iterable[str]) -> str:
-    """One text of them; with full stops, because the page's new nodes show line breaks as spaces."""
+    """One text of them; with full stops, because the page's own nodes for text show line breaks as spaces."""
     return END.join(lines)
 
 
@@ -37,37 +76,52 @@ def id_of(node: type[io.ComfyNode]) -> str | None:
     return node.hidden.unique_id if node.hidden else None
 
 
-def tell(node: type[io.ComfyNode], text: str) -> None:
-    """Onto the node whose execute runs."""
-    send(text, id_of(node))
-
-
 def warn(text: str, node_id: str | None) -> None:
     logging.warning("FlexIP\n" + WARNING + "%s", text)
-    send(WARNING + text, node_id)
+    _send_warnings(Report("", warnings=(text,)), node_id)
 
 
-def send(text: str, node_id: str | None) -> None:
-    """Onto a node of the page: as its progress text, and its warnings (web/js/warnings.js) as a badge and a notice."""
+def send(report: Report, node_id: str | None) -> None:
+    """Onto a node of the page that another node's execution is about: as an output of its own, which lives as long as pictures do.
+
+    Its warnings also go out as a badge and a notice (web/js/warnings.js).
+    """
+    context = get_executing_context()  # None in scripts
+    output = {REPORT: report.message}  # no list: the page would put that behind the last run's
+    _send("executed", node_id, {"output": output, "prompt_id": context and context.prompt_id, "merge": True})
+    _send_warnings(report, node_id)
+
+
+def said(report: Report | str, node_id: str | None = None) -> dict[str, Any]:
+    """For the `ui` of the node that runs: its report as the page draws it, and as text for other programs."""
+    text, report = (report, Report.of(report)) if isinstance(report, str) else (report.text, report)
+    _send_warnings(report, node_id)
+    return {REPORT: [report.message], "text": (text,)}
+
+
+def _send_warnings(report: Report, node_id: str | None) -> None:
+    # sent without warnings, too: they take the last run's away
+    _send("flexip.warnings", node_id, {"warnings": list(report.warnings)})
+
+
+def _send(event: str, node_id: str | None, message: dict[str, Any]) -> None:
     if node_id is None:
         return
     from server import PromptServer  # absent where ComfyUI is used as a library
 
     server = getattr(PromptServer, "instance", None)
     client = getattr(server, "client_id", None)  # who queued the prompt that runs
-    if client is None:  # nobody waits; and without a client the server tells everybody, whatever their page shows
-        return
-    server.send_progress_text(without_markup(text), node_id, client)
-    warnings = [part.removeprefix(WARNING) for part in text.split(END) if part.startswith(WARNING)]
-    # sent without warnings, too: they take the last run's away
-    server.send_sync("flexip.warnings", {"node": node_id, "warnings": warnings}, client)
+    # without a client nobody waits, and the server would tell everybody, whatever their page shows
+    if client is not None:
+        server.send_sync(event, {"node": node_id, **message}, client)
 
 
-def without_markup(text: str) -> str:
-    """Words of strangers, whose files and workflows they come from, so that every page shows them as text.
+@functools.lru_cache(maxsize=1)
+def versions() -> str:
+    """One line for reporting a problem; the page adds its own version."""
+    from comfyui_version import __version__ as comfyui
 
-    ComfyUI's page takes progress text for HTML and makes a link of [[label|address]]; older ones run the scripts in it. Vue nodes
-    take it for Markdown, with links and pictures from anywhere. Newer pages escape HTML themselves and would show entities as
-    such, so nothing is replaced: markup is only parted, by a space without width.
-    """
-    return _MARKUP.sub(lambda found: found[0] + _ZERO_WIDTH_SPACE, text)
+    own = re.search(r'^version = "(.*)"', (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"), re.M)
+    python = ".".join(map(str, sys.version_info[:3]))
+    device = mm.get_torch_device_name(mm.get_torch_device())
+    return f"FlexIP {own[1] if own else '?'}, ComfyUI {comfyui}, Python {python}, torch {torch.__version__}, {device}"

@@ -21,6 +21,7 @@ from ..flexip_core.measuring import maps
 from ..flexip_core.network.attention import GatedAttention, block_grid
 from ..flexip_core.network.blocks import block_of
 from . import runtime, tags
+from .notices import Report
 from .slots import slots_of
 
 KEY = "flexip_maps"  # of our wrapper, and in transformer_options: what a UNet call shows
@@ -112,9 +113,9 @@ def look(
     seed: int,
     blocks: Sequence[str],
     recorder: Recorder,
-) -> str:
-    """One call of the model per noise level; returns what FlexIP reports of the run."""
-    reports: list[str] = []
+) -> tuple[str, ...]:
+    """One call of the model per noise level; returns what FlexIP warned of."""
+    reports: list[Report] = []
     model = watched(model, blocks, recorder)
     model.model_options["transformer_options"][runtime.LISTENER] = reports.append
     guider = Looker(model)
@@ -136,7 +137,7 @@ def look(
         )
     finally:
         recorder.runs = ()  # they hold K and V on the device
-    return "\n\n".join(reports)
+    return tuple(warning for report in reports for warning in report.warnings)
 
 
 def look_at_levels(

@@ -42,7 +42,6 @@ class FlexIPSaveReference(io.ComfyNode):
             ],
             outputs=[],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -69,8 +68,8 @@ class FlexIPSaveReference(io.ComfyNode):
             f"saved in the output folder as {_shown(os.path.join(subfolder, file))}: "
             f"{reference.count} picture(s), {os.path.getsize(path) / 1e6:.1f} MB, {reference.encoders}"
         )
-        notices.tell(cls, text)
-        return io.NodeOutput(ui={"text": (text,), "files": [ui.SavedResult(file, subfolder, io.FolderType.output)]})
+        said = notices.said(text)
+        return io.NodeOutput(ui={**said, "files": [ui.SavedResult(file, subfolder, io.FolderType.output)]})
 
 
 class FlexIPLoadReference(io.ComfyNode):

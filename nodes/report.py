@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,26 +12,30 @@ from ..flexip_core.run.chain import Link
 from ..flexip_core.run.projection import Conditioning
 from ..flexip_core.run.reference import as_set
 from ..flexip_core.run.run import LinkRun, Run
-from .notices import WARNING, sentences
+from .notices import Report
 from .slots import hidden_neighbours, lost_blocks
 
 MOST_NUMBERS = 12  # of a schedule or a batch, written out
 
 
-SILENT = "strength 0: FlexIP does nothing"
+SILENT = "reference not used: strength is 0"
 
 
-def paragraphs(run: Run, links: tuple[Link, ...], guider: Any, sigmas: torch.Tensor, seconds: float) -> list[str]:
-    """One per link, warnings first: a small node shows no more than the first lines."""
+def reports(run: Run, links: tuple[Link, ...], guider: Any, sigmas: torch.Tensor, seconds: float) -> list[Report]:
+    """One per link."""
     live = {link_run.position: link_run for link_run in run.links}
     steps = sigmas[:-1].tolist()
     return [
-        _link(live[position], guider, steps, seconds) if position in live else f"{SILENT}.\nadapters: {link.title}"
+        _link(live[position], guider, steps, seconds) if position in live else silent(link)
         for position, link in enumerate(links)
     ]
 
 
-def _link(run: LinkRun, guider: Any, steps: list[float], seconds: float) -> str:
+def silent(link: Link) -> Report:
+    return Report(SILENT, (f"adapters: {link.title}",))
+
+
+def _link(run: LinkRun, guider: Any, steps: list[float], seconds: float) -> Report:
     link, counters = run.link, run.counters
     blocks = [address for address in link.network.block_widths if _acts(link, address)]
     lost = [
@@ -41,18 +45,32 @@ def _link(run: LinkRun, guider: Any, steps: list[float], seconds: float) -> str:
     gates = [value for sigma in active for value in run.gates_at(sigma)] or list(
         run.gates_at(steps[0] if steps else 0.0)
     )
+    strengths = link.strengths or (link.strength,)
     references = as_set(link.reference)
-    lines = [f"{WARNING}{text}" for text in _warnings(run, blocks, lost, guider)]
-    lines += [
-        f"gate {_numbers(gates)}, strength {_numbers(link.strengths or (link.strength,))}: {len(blocks) - len(lost)} of {len(link.network.block_widths)} blocks patched, {len(active)} of {len(steps)} steps, {seconds:.1f} s",
+    warnings = tuple(_warnings(run, blocks, lost, guider))
+    acted = counters.active and len(lost) < len(blocks) and not (run.has_masks and not run.mask_is_somewhere())
+    line = (
+        f"reference used, {_in_short('gate', gates)}, "
+        + (f"{_in_short('strength', strengths)}, " if set(strengths) != {1.0} else "")
+        + (f"{len(blocks) - len(lost)} of {len(blocks)} blocks, " if lost else "")
+        + f"{len(active)} of {len(steps)} steps"
+    )
+    details = (
+        f"gate {_numbers(gates)}, strength {_numbers(strengths)}: {len(blocks) - len(lost)} of {len(link.network.block_widths)} blocks patched, {len(active)} of {len(steps)} steps, {seconds:.1f} s",
         f"adapters: {link.title} (gate mode {link.network.gate_mode})",
         f"encoders: {references.encoders}",
         f"reference: {references.describe()}, tokens {run.token_counts()}",
         f"active from {link.start_percent:g} to {link.end_percent:g}: {len(active)} of {len(steps)} steps, {counters.active} of {counters.calls} model calls",
         f"K/V: {counters.projected} projected, {counters.from_cache} reused",
-    ]
-    lines += [f"note: {text}" for text in _notes(run)]
-    return sentences(lines)
+        *(f"note: {text}" for text in _notes(run)),
+    )
+    return Report(line if acted else "reference not used: see the warning", details, warnings)
+
+
+def _in_short(name: str, values: Collection[float]) -> str:
+    """ "gate 0.60", or "gate 0.00 to 1.00" """
+    low, high = min(values), max(values)
+    return f"{name} {low:.2f}" + (f" to {high:.2f}" if high > low else "")
 
 
 def _acts(link: Link, address: str) -> bool:

@@ -30,7 +30,7 @@ from .slots import base_attention, fork_patches, has_neighbour, sdpa, slots_of
 KEY = "flexip"
 LINKS = "flexip_links"
 RUN = "flexip_run"
-LISTENER = "flexip_listener"  # a callable that receives the report's text
+LISTENER = "flexip_listener"  # a callable that receives the Report of the run
 COPIES = "flexip_copies"  # of a sweep: how often the batch holds the latents
 PRIVATE = (RUN, LINKS, LISTENER, COPIES, KEY)
 NULL_ROLES = {"negative", "empty_negative_prompt"}
@@ -90,7 +90,7 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
     if all(link.silent for link in links):
         result = executor(*args, **kwargs)
-        notices.publish([f"{report.SILENT}."] * len(links), links, options.get(LISTENER))
+        notices.publish([report.silent(link) for link in links], links, options.get(LISTENER))
         return result
     started = time.perf_counter()
     run = _start(guider, links, latent=args[0], copies=options.get(COPIES, 1))
@@ -99,8 +99,8 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         result = executor(*args, **kwargs)
     finally:
         options.pop(RUN, None)
-    paragraphs = report.paragraphs(run, links, guider, sigmas=args[3], seconds=time.perf_counter() - started)
-    notices.publish(paragraphs, links, options.get(LISTENER))
+    reports = report.reports(run, links, guider, sigmas=args[3], seconds=time.perf_counter() - started)
+    notices.publish(reports, links, options.get(LISTENER))
     return result
 
 

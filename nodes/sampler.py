@@ -17,10 +17,11 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..flexip_core.pictures.contact_sheet import contact_sheet
 from ..flexip_core.run.schedule import GateBatch, GateCurve, parse_numbers
-from . import runtime
+from . import notices, runtime
 from .checks import check_latent, check_numbers
 from .compat import KEEP_PREVIEW, with_channels_of
 from .errors import named
+from .notices import Report
 from .types import CATEGORY
 
 NODE = "FlexIPSampler"
@@ -150,7 +151,7 @@ class FlexIPSampler(io.ComfyNode):
             last = dataclasses.replace(last, strengths=tuple(amount for amount, _ in rows))
         links = (*links[:-1], last)
         model = runtime.with_links(model, links)
-        reports: list[str] = []
+        reports: list[Report] = []
         model.model_options["transformer_options"][runtime.LISTENER] = reports.append
         result = sample(
             model,
@@ -165,15 +166,15 @@ class FlexIPSampler(io.ComfyNode):
             denoise,
             copies=len(grid),
         )
-        report = reports[0] if reports else "FlexIP did not run: every link has strength 0, or no step was sampled."
+        report = reports[0] if reports else Report("reference not used: no step was sampled")
+        shown = notices.said(report)
         if vae is None:
-            return io.NodeOutput(
-                result, ExecutionBlocker(f"{NODE}: wire a VAE into it to get the contact sheet."), report
-            )
+            blocker = ExecutionBlocker(f"{NODE}: wire a VAE into it to get the contact sheet.")
+            return io.NodeOutput(result, blocker, report.text, ui=shown)
         labels = [f"gate {value:g}" for value in values] or gate_labels(links[-1].gates, len(latent_image["samples"]))
         pictures = by_columns(decode(vae, result["samples"]), len(amounts) or 1, len(labels))
         sheet = contact_sheet(pictures, labels, [f"strength {amount:g}" for amount in amounts])
-        return io.NodeOutput(result, sheet, report, ui=ui.PreviewImage(sheet, cls=cls))
+        return io.NodeOutput(result, sheet, report.text, ui=shown | ui.PreviewImage(sheet, cls=cls).as_dict())
 
 
 def by_columns(pictures: torch.Tensor, strengths: int, columns: int) -> torch.Tensor:

@@ -98,12 +98,12 @@ class FlexIPGateSchedule(io.ComfyNode):
         gate = drawn_curve(curve) if preset == DRAWN else preset_curve(preset, start, end)
         title = gate.name
         if preset != DRAWN and (made := _made(curve)):
-            # who drew one may have turned to a preset since; a wire is there to be used
-            (notices.warn if made == WIRED else notices.send)(
-                f"the {made} curve is not used, because preset is '{preset}'; set preset to 'curve' to use it",
-                notices.id_of(cls),
-            )
             title += f" (the {made} curve is not used)"
+            if made == WIRED:  # who drew one may have turned to a preset since; a wire is there to be used
+                notices.warn(
+                    f"the {made} curve is not used, because preset is '{preset}'; set preset to 'curve' to use it",
+                    notices.id_of(cls),
+                )
         return io.NodeOutput(gate, ui=ui.PreviewImage(preview(gate, title, model, sigmas), cls=cls))
 
 

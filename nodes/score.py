@@ -93,7 +93,7 @@ class FlexIPScore(io.ComfyNode):
                     "plot", display_name="plot", tooltip="The scores over the gate, or over the image's number."
                 ),
             ],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -123,8 +123,7 @@ class FlexIPScore(io.ComfyNode):
         found = (clip_i, dino_score(images, reference_image, dino, needs), clip_t)
         report, plot = scores.report(found, values), scores.plot(found, values)
         logging.info("FlexIP Score\n%s", report)
-        notices.tell(cls, report)
-        shown = {"text": (report,)}  # for other programs: the page shows this only on core's own text nodes
+        shown = notices.said(report)
         if plot is None:
             plot = ExecutionBlocker(f"{NODE}: no score is available, so there is no plot; the report says why.")
         else:

@@ -49,7 +49,6 @@ class FlexIPTrain(io.ComfyNode):
             search_aliases=["train", "training", "fine-tune", "finetune", "adapter training"],
             is_experimental=True,
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.String.Input(
                     "run",
@@ -217,8 +216,7 @@ class FlexIPTrain(io.ComfyNode):
                 mm.soft_empty_cache()
                 training.background.start(cfg, export=adapters)
                 report = f"Training of {folder.name} has begun; look at it with FlexIP Training Status.\n{found.text()}"
-        notices.tell(cls, report)
-        return io.NodeOutput(run, report, ui={"text": (report,)})  # for other programs: the page does not draw it
+        return io.NodeOutput(run, report, ui=notices.said(report))
 
 
 class FlexIPTrainingStatus(io.ComfyNode):
@@ -232,7 +230,6 @@ class FlexIPTrainingStatus(io.ComfyNode):
             search_aliases=["training progress", "loss", "stop training", "training preview"],
             is_experimental=True,
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.String.Input(
                     "run", default="my_adapters", tooltip="The run's name; wire it from Train FlexIP, or write it."
@@ -277,8 +274,7 @@ class FlexIPTrainingStatus(io.ComfyNode):
         shown = ui.PreviewImage(losses, cls=cls).as_dict()
         if found.previews:  # each at its own size
             shown["images"] = [*shown["images"], *ui.PreviewImage(preview, cls=cls).values]
-        notices.tell(cls, text)
-        return io.NodeOutput(text, losses, preview, ui={**shown, "text": (text,)})
+        return io.NodeOutput(text, losses, preview, ui={**shown, **notices.said(text)})
 
 
 def run_folder(run: str, node: str) -> Path:

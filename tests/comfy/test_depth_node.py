@@ -202,7 +202,7 @@ def test_the_node_hands_on_both_choices_and_shows_every_block_of_the_model() -> 
     resolved = strengths.resolve(levels)
     assert resolved["preservation"] == {a: 0.5 if a.startswith("input") else 2.0 for a in levels}
     assert resolved["personalization"] == {a: float(level > 0) for a, level in levels.items()}
-    (text,) = out.ui.as_dict()["text"]
+    (text,) = out.ui["text"]
     assert text == (
         "preservation: 2 in middle.0, output.0, output.1, output.2, output.3; 0.5 in input.1, input.3.\n"
         "personalization: 1 in input.3, middle.0, output.0, output.1; 0 elsewhere"

@@ -143,7 +143,7 @@ def test_presets_reach_the_run_through_the_nodes(model, network, preset):
 
 def report_of(gated):
     reports = []
-    gated.model_options["transformer_options"][runtime.LISTENER] = reports.append
+    gated.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
     tiny.ksample(gated, P, N, steps=1)
     return reports[0]
 

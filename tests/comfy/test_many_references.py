@@ -226,7 +226,7 @@ def report_line(model, network, reference, start, **kwargs):
     reports = []
     link = dataclasses.replace(tiny.link_for(network, REFERENCES[0], **kwargs), reference=reference)
     gated = runtime.attach(model, link)
-    gated.model_options["transformer_options"][runtime.LISTENER] = reports.append
+    gated.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
     tiny.ksample(gated, P, N, steps=1)
     return next(line for line in reports[0].splitlines() if line.startswith(start)).rstrip(".")
 

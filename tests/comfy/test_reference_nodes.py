@@ -109,14 +109,11 @@ def test_saving_again_counts_up_and_overwrites_nothing(world):
         assert torch.equal(load(name).features["cls"], reference(seed).features["cls"])
 
 
-def test_the_node_shows_where_the_file_went(world, monkeypatch):
-    shown = []
-    monkeypatch.setattr(notices, "send", lambda text, node: shown.append((text, node)))
-    monkeypatch.setattr(FlexIPSaveReference, "hidden", SimpleNamespace(unique_id="7"))
+def test_the_node_shows_where_the_file_went(world):
     result = FlexIPSaveReference.execute(reference(), "heroes/anna")
     text = result.ui["text"][0]
     assert f"heroes/anna_00001_{SUFFIX}" in text and "2 picture(s)" in text and "tiny encoders" in text
-    assert shown == [(text, "7")]
+    assert [report["line"] for report in result.ui[notices.REPORT]] == [text]
 
 
 @pytest.mark.parametrize("prefix", ["../private/a", "a/../../private/a", "/private/a", "{root}/private/a"])

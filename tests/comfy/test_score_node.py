@@ -273,11 +273,11 @@ def test_a_prompt_longer_than_clip_reads_is_said(minis):
     assert "only the first" not in run(prompt="cat").args[0]
 
 
-def test_the_node_shows_its_report_and_plot(minis, tmp_path, monkeypatch):
-    sent = []
-    monkeypatch.setattr(score.notices, "send", lambda text, node_id: sent.append(text))
+def test_the_node_shows_its_report_and_plot(minis, tmp_path):
     result = run(prompt="a cat")
-    assert result.ui["text"] == (result.args[0],) == tuple(sent)
+    [report] = result.ui[score.notices.REPORT]
+    assert result.ui["text"] == (result.args[0],) and result.args[0].startswith(report["line"])
+    assert all(line in result.args[0] for line in report["details"]) and report["details"]
     (picture,) = result.ui["images"]
     assert Image.open(tmp_path / picture["filename"]).size == (result.args[4].shape[2], result.args[4].shape[1])
 

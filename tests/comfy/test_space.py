@@ -382,7 +382,7 @@ def sample_tiled(m, noise, positive=P, negative=N, **kwargs):
     m = m.clone()
     m.set_model_unet_function_wrapper(tiled(**kwargs))
     reports = []
-    m.model_options["transformer_options"][runtime.LISTENER] = reports.append
+    m.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
     return tiny.ksample(m, positive, negative, noise=noise, steps=1), "\n".join(reports)
 
 

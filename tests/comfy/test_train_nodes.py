@@ -13,7 +13,6 @@ import folder_paths
 import pytest
 import torch
 import training_folders
-from comfy_api.v0_0_2 import io
 from flexip_pack.flexip_core.training import background
 from flexip_pack.flexip_core.untrained import mini, mini_checkpoints
 from flexip_pack.nodes import files, notices, train
@@ -383,16 +382,15 @@ def sizes_of(out) -> list[tuple[int, int]]:
     return [Image.open(temp / saved["subfolder"] / saved["filename"]).size for saved in out.ui["images"]]
 
 
-def test_the_nodes_show_their_reports_on_themselves(place, monkeypatch):
-    shown = []
-    monkeypatch.setattr(notices, "send", lambda text, node: shown.append((text, node)))
-    for node in (FlexIPTrain, FlexIPTrainingStatus):
-        monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=node.__name__, prompt=None, extra_pnginfo=None))
-        assert io.Hidden.unique_id in node.define_schema().hidden
-    report = execute().args[1]
+def test_the_nodes_show_their_reports_on_themselves(place):
+    started = execute()
     put_run(place, place.started.pop()[0], 3)
-    status = FlexIPTrainingStatus.execute("mine", "look").args[0]
-    assert shown == [(report, "FlexIPTrain"), (status, "FlexIPTrainingStatus")]
+    for out, text in (
+        (started, started.args[1]),
+        ((looked := FlexIPTrainingStatus.execute("mine", "look")), looked.args[0]),
+    ):
+        [report] = out.ui[notices.REPORT]
+        assert text.startswith(report["line"]) and report["details"] and out.ui["text"] == (text,)
 
 
 def test_stopping_asks_and_says_what_comes(place, cfg):

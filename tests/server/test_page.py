@@ -23,7 +23,6 @@ STOCK_ERRORS = re.compile(
 EVENTS = [
     "progress",
     "progress_state",
-    "progress_text",
     "executed",
     "execution_success",
     "execution_error",
@@ -135,9 +134,10 @@ def test_template_opens_and_runs_without_a_missing_node_or_an_error(page: Page, 
     assert {"progress", "executed"} <= kinds
     encoder = str(node(page, "EncodeReference"))
     assert page.evaluate("id => app.nodeOutputs[id].images.length", encoder) == 1, "what the encoder saw is shown"
-    texts = [detail for kind, detail in events if kind == "progress_text" and "blocks" in json.dumps(detail)]
-    assert texts and str(texts[-1]["nodeId"]) == str(node(page, "ApplyFlexIPGate"))
-    assert "WARNING" not in texts[-1]["text"]
+    apply = str(node(page, "ApplyFlexIPGate"))
+    told = [detail for kind, detail in events if kind == "executed" and "flexip_report" in (detail["output"] or {})]
+    report = next(detail["output"]["flexip_report"] for detail in told if detail["node"] == apply)
+    assert report["line"].startswith("reference used") and not report["warnings"]
     assert page.problems == []
 
 

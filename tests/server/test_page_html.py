@@ -47,6 +47,9 @@ WATCH = """() => { window.seen = { texts: new Set(), links: new Set(), tags: new
         for (const e of document.querySelectorAll('body *:not(script, style)'))
             if ([...e.childNodes].some(n => n.nodeType == 3 && n.data.includes('onerror'))) seen.texts.add(text(e));
     }).observe(document.body, { childList: true, subtree: true, characterData: true }); }"""
+OPEN_REPORTS = """async () => { for (const node of app.graph.nodes) {
+    node.widgets?.find(w => w.name == 'flexip_report')?.element.querySelector('button').click();
+    await new Promise(done => setTimeout(done, 50)); } }"""
 SEEN = "Object.fromEntries(Object.entries(seen).map(([name, found]) => [name, [...found]]))"
 
 
@@ -170,6 +173,7 @@ def run(page: Page, prompt: dict) -> str:
 def test_what_a_stranger_wrote_is_text(page: Page, server: ComfyServer) -> None:
     server.post("/free", {"free_memory": True})  # everything runs, and every node speaks
     assert run(page, prompt(IN_A_NAME)) == "execution_success"
+    page.evaluate(OPEN_REPORTS)
     assert run(page, {"1": {"class_type": "FlexIPTrain", "inputs": TRAIN}}) == "execution_error"
     assert IN_A_NAME in page.evaluate("end")[1]["exception_message"]
 
