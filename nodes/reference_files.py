@@ -9,6 +9,7 @@ from typing import Any
 import folder_paths
 from comfy_api.v0_0_2 import io, ui
 
+from ..flexip_core.files.names import is_device
 from ..flexip_core.files.reference_file import SUFFIX, load_reference, save_reference
 from ..flexip_core.run.reference import Reference
 from . import files, notices
@@ -158,6 +159,10 @@ def _new_file(prefix: str) -> tuple[str, str, str]:
     if not is_within_directory(output, folder):
         raise ValueError(
             f"{SAVE}: filename_prefix {files.shown(prefix)} leads out of ComfyUI's output folder. Use a name or a sub-folder, like flexip/reference."
+        )
+    if is_device(prefix):
+        raise ValueError(
+            f"{SAVE}: filename_prefix {files.shown(prefix)} holds a name that Windows keeps for a device. Use a name like flexip/reference."
         )
     if not os.path.basename(prefix).strip(". "):
         raise ValueError(

@@ -19,6 +19,7 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from PIL import Image
 
+from ..flexip_core.files.names import is_device
 from ..flexip_core.files.stored import first_parts
 from ..flexip_core.network.config import GATE_MODES
 from ..flexip_core.pictures.plots import Series, line_plot
@@ -205,6 +206,9 @@ class FlexIPTrain(io.ComfyNode):
             more = training.config.parse_toml(settings, "the text in settings") if settings.strip() else {}
             refuse_files_in(more, task)
             cfg = training.config.TrainConfig.from_dict(merged(chosen, more))
+            training.config.check_task(cfg.task, (*task, CACHE))
+            if CACHE in cfg.task:
+                training.entries.check_place(cfg.task[CACHE], pictures)
             report = standing(training.background, folder, cfg, adapters)
             if report is None:
                 training.background.refuse(cfg)
@@ -280,9 +284,10 @@ class FlexIPTrainingStatus(io.ComfyNode):
 def run_folder(run: str, node: str) -> Path:
     """In ComfyUI's output folder. A run's name is one name, so that it leads nowhere else."""
     name = run.strip()
-    if not NAME.fullmatch(name) or name.endswith("."):
+    if not NAME.fullmatch(name) or name.endswith(".") or is_device(name):
         raise ValueError(
-            f"{node}: {files.shown(run)} is no name for a run; use letters, digits, spaces, dots, - and _."
+            f"{node}: {files.shown(run)} is no name for a run; use letters, digits, spaces, dots, - and _, and no name of a "
+            "device of Windows, such as nul."
         )
     return Path(folder_paths.get_output_directory()) / RUNS / name
 
@@ -429,6 +434,6 @@ def _training(*packages: str) -> Any:
                 f"{TRAIN}: training needs the package {name}, which ComfyUI does not bring: run pip install {name} with ComfyUI's Python."
             )
     from ..flexip_core import training
-    from ..flexip_core.training import background, check, config, image_encoders, sd_configs  # noqa: F401 - its attributes
+    from ..flexip_core.training import background, check, config, entries, image_encoders, sd_configs  # noqa: F401 - its attributes
 
     return training

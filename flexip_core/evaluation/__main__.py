@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..files.parse import read_json
 from ..files.weights import write_atomically
 from ..measuring import scores_file
 from ..measuring.scores_file import Scores
@@ -308,7 +309,7 @@ def _run_header(folder: Path, wanted: benchmark.Benchmark) -> dict[str, Any]:
     if not path.is_file():
         return {"benchmark": wanted.name, "cases": len(wanted.cases)}
     try:
-        return {**json.loads(path.read_text(encoding="utf-8")), "benchmark": wanted.name, "cases": len(wanted.cases)}
+        return {**read_json(path), "benchmark": wanted.name, "cases": len(wanted.cases)}
     except (ValueError, TypeError):
         raise ValueError(f"{path} is damaged; take it away to score the pictures without it.") from None
 

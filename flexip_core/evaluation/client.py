@@ -157,7 +157,7 @@ class ComfyClient:
     def _json(self, data: bytes, path: str) -> Any:
         try:
             return json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ServerError(f"{self.url} answered {path} with something else than JSON; is it ComfyUI?") from None
 
 

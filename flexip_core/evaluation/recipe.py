@@ -7,12 +7,12 @@ positive, and a SaveImage of the pictures that come from the sampler's latent. W
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.parse import read_json
 from .workflow import nodes_of, set_inputs, to_prompt
 
 DEFAULT, DEMO = "generate.json", "generate_demo.json"  # beside this file, in API format
@@ -68,7 +68,7 @@ def read_recipe(
     checkpoint and adapters. `object_info` is only asked for a workflow of the page. ValueError, one sentence, if it will not do."""
     path = Path(workflow or Path(__file__).with_name(DEFAULT))
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except OSError as error:
         raise ValueError(f"The workflow {path} cannot be read ({error.strerror}).") from None
     except ValueError:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files.parse import Unreadable, read_json
 from ..files.weights import sha256, write_atomically
 from .benchmark import Benchmark
 from .recipe import SAMPLER_SETTINGS, SIZE_SETTINGS, Recipe, differences
@@ -69,13 +70,13 @@ def joined(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         return wanted
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         if found["format"] != FORMAT:
             raise ValueError(
                 f"{path} has the format {found['format']}, this version reads {FORMAT}; use another folder."
             )
         other = _differences(found, wanted)
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError):
+    except (KeyError, TypeError, AttributeError, Unreadable):
         raise ValueError(f"{path} is no header of a run; use another folder.") from None
     if other:
         more = f" and {len(other) - MOST_DIFFERENCES} more" if len(other) > MOST_DIFFERENCES else ""

@@ -10,14 +10,20 @@ from typing import Any
 LARGEST_INT = 2**64 - 1  # a seed; anything larger overflows wherever it is used
 
 
+class Unreadable(ValueError):
+    """Half a sentence."""
+
+
 def parse_json(text: str | bytes) -> Any:
-    """ValueError, half a sentence, for text that is no JSON, is nested too deep, or holds numbers beyond 64 bits."""
+    """Unreadable, half a sentence, for text that is no JSON, is nested too deep, or holds numbers beyond 64 bits."""
     try:
         return json.loads(text, parse_int=_whole)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise Unreadable("it is nested too deep") from None
     except UnicodeDecodeError:
-        raise ValueError("it is not text in UTF-8") from None
+        raise Unreadable("it is not text in UTF-8") from None
+    except ValueError as error:
+        raise Unreadable(str(error)) from None
 
 
 def read_json(path: Path, most: int = 2**28) -> Any:
@@ -25,7 +31,7 @@ def read_json(path: Path, most: int = 2**28) -> Any:
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise ValueError(f"it is longer than {most} bytes")
+        raise Unreadable(f"it is longer than {most} bytes")
     return parse_json(data)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..files.parse import Unreadable, read_json
 from ..files.weights import read_tensors, write_atomically
 
 FORMAT = 1
@@ -69,14 +70,14 @@ def write(path: Path, scores: Scores) -> None:
 def read(path: Path) -> Scores:
     """ValueError, one sentence with the file's name, if it is no such file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         if data["format"] != FORMAT:
             raise ValueError(f"{path} has the format {data['format']}, this version reads {FORMAT}; score again.")
         rows = tuple(Row(**row) for row in data["rows"])
         parts = {name: data[name] for name in ("method", "header", "columns", "missing")}
     except FileNotFoundError:
         raise ValueError(f"There is no file {path}; make one with the command score.") from None
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, Unreadable) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is no file of scores ({reason}); make one with the command score.") from None
     features = _features_file(path)

@@ -101,9 +101,17 @@ def read_state(
             "use the task it was started with, or start a new run in another folder."
         )
     progress = about["progress"]
-    if not isinstance(progress, dict) or set(progress) != set(vars(Progress())):
+    if not _is_progress(progress):
         raise ValueError(f"{name_of(path)} is damaged: its progress is not readable; resume from an older state.")
     return Progress(**progress), read_tensors(path)
+
+
+def _is_progress(found: Any) -> bool:
+    if not isinstance(found, dict) or set(found) != set(vars(Progress())):
+        return False
+    number, none = (int, float), type(None)
+    kinds = {"step": (int,), "seconds": number, "best_score": (*number, none), "best_step": (int, none)}
+    return all(type(found[name]) in kind for name, kind in kinds.items())
 
 
 def _about(path: str | os.PathLike) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def _about(path: str | os.PathLike) -> dict[str, Any]:
             f"{name_of(path)} has state format {about.get('format')!r}, this version reads {FORMAT!r}; "
             "resume with the version that wrote it."
         )
-    if set(about) != {"format", "progress", "config", "network"}:
+    if set(about) != {"format", "progress", "config", "network"} or not isinstance(about["config"], dict):
         raise ValueError(f"{name_of(path)} is damaged: its description is incomplete; resume from an older state.")
     return about
 

@@ -6,6 +6,7 @@ Ranges are written as one number or as [low, high]. Everything but `steps`, `bat
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,12 +198,20 @@ TASK_NUMBERS = {  # least and most; a whole one is a whole number
 """Numbers that training on pictures (`flexip_core.training.sd:make`) takes in `[task]`, beside its files and `cache`."""
 
 
-def check_task(task: dict[str, Any]) -> None:
-    """ValueError for a number that is none or out of its range; other values are left to the function."""
-    for name, (least, most) in TASK_NUMBERS.items():
-        value = task.get(name, least)
+def check_task(task: dict[str, Any], others: Collection[str]) -> None:
+    """ValueError for a setting that is neither one of `others` nor a number, and for a number that is none or out of its range."""
+    useless = "flip" if "cache" in task else "cuts"  # nothing is mirrored in a cache, and only a cache has fixed cuts
+    known = [*others, *(name for name in TASK_NUMBERS if name != useless)]
+    if unknown := sorted(set(task) - set(known)):
+        raise ValueError(
+            f"unknown setting [task] {unknown[0]}; training {'with' if 'cache' in task else 'without'} a cache has {', '.join(known)}."
+        )
+    for name in TASK_NUMBERS.keys() & task.keys():
+        (least, most), value = TASK_NUMBERS[name], task[name]
         kind, fits = ("number", is_number(value)) if isinstance(least, float) else ("whole number", type(value) is int)
-        _require(fits and least <= value <= most, f"[task] {name}", f"a {kind} from {least} to {most}", repr(value))
+        _require(
+            fits and least <= value <= most, f"[task] {name}", f"a {kind} from {least} to {most}", repr(value)[:40]
+        )
 
 
 def read_config(path: str | Path) -> TrainConfig:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..files.checkpoint import save_checkpoint
+from ..files.parse import parse_json
 from ..files.weights import write_atomically
 from ..integrations.diffusers import block_widths, branches, gated, text_projections
 from ..network.adapters import FlexIPNetwork
@@ -354,8 +355,11 @@ def make_network(cfg: TrainConfig, base: Base) -> FlexIPNetwork:
 def keep_log_up_to(path: Path, step: int) -> None:
     """Lines of steps that a resumed run will do again are taken out."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and parse_json(line)["step"] <= step]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path} is damaged; take it away to go on without it.") from None
         write_atomically(path, "".join(kept).encode())
 
 

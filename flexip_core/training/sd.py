@@ -303,8 +303,14 @@ def make(
     `run` is the config that names this task: its precision, and its folder for the previews. The probe shows data from val/,
     without that pictures that are trained on. probe_cases = 0: no probe.
     """
-    numbers = {"size": size, "probe_cases": probe_cases, "probe_steps": probe_steps, "probe_cfg": probe_cfg, **options}
-    check_task({name: value for name, value in numbers.items() if value is not None})
+    given = {
+        "size": size,
+        "cache": cache,
+        "probe_cases": probe_cases,
+        "probe_steps": probe_steps,
+        "probe_cfg": probe_cfg,
+    }
+    check_task({name: value for name, value in {**given, **options}.items() if value is not None}, ("cache", "options"))
     if cache is not None:
         check_place(cache, data)
     base = SDBase.load(checkpoint, clip_vision, dino, device, run.precision if run else "fp32")

@@ -127,7 +127,8 @@ def test_no_prefix_saves_outside_the_output_folder(world, prefix):
 @pytest.mark.parametrize(
     "prefix, says",
     [("", "ends without a name"), ("heroes/", "ends without a name"), ("heroes/.", "ends without a name")]
-    + [("a" * 300, "too long"), ("a" * 300 + "/b", "too long")],
+    + [("a" * 300, "too long"), ("a" * 300 + "/b", "too long")]
+    + [(prefix, "keeps for a device") for prefix in ("nul", "CON.x", "com1/heroes", "heroes/aux.1")],
 )
 def test_a_prefix_that_makes_no_name_is_refused(world, prefix, says):
     with pytest.raises(ValueError, match=f"filename_prefix .*{says}"):

@@ -134,6 +134,16 @@ def test_settings_win_and_leave_the_rest(place):
         ('[task]\ncache = "/etc"\nprobe_cases = 2', r"settings: \[task\] cache must be a folder in ComfyUI's input"),
         ('[task]\ncache = "../x"', r"settings: \[task\] cache must be a folder in ComfyUI's input"),
         ('[task]\nfilter = "x"', r"settings must not hold \[task\] filter;"),
+        ("x = " + "[" * 3000, "the text in settings is not a TOML file: it is nested too deep"),
+        ("mix = " + "9" * 5000, "the text in settings is not a TOML file"),
+        *(
+            (f'[task]\ncache = "{cache}"', "is the folder of the pictures, or one lies inside")
+            for cache in (".", "pets", "pets/variant")
+        ),
+        ("[task]\ndevice = 1", r"unknown setting \[task\] device; training without a cache has"),
+        ("[task]\nrun = 1", r"unknown setting \[task\] run"),
+        ('[task]\ncache = "kept"\nflip = 0.5', r"unknown setting \[task\] flip; training with a cache has"),
+        ("[task]\nprobe_steps = 1000000", r"\[task\] probe_steps must be a whole number from 1 to 1000, got 1000000"),
     ],
 )
 def test_settings_that_make_no_config_or_lead_elsewhere_are_a_sentence(place, settings, sentence):
@@ -145,7 +155,23 @@ def test_settings_that_make_no_config_or_lead_elsewhere_are_a_sentence(place, se
 # --- what is refused
 
 
-OUTSIDE = ["", " ", "..", "../mine", "a/b", "a\\b", "/tmp/mine", "C:mine", ".mine", "mine.", "a\nb", "a\0b", "m" * 81]
+OUTSIDE = [
+    "",
+    " ",
+    "..",
+    "../mine",
+    "a/b",
+    "a\\b",
+    "/tmp/mine",
+    "C:mine",
+    "nul",
+    "COM1.x",
+    ".mine",
+    "mine.",
+    "a\nb",
+    "a\0b",
+    "m" * 81,
+]
 
 
 @pytest.mark.parametrize("run", OUTSIDE)

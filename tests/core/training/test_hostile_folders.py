@@ -11,11 +11,15 @@ import zlib
 import pytest
 import training_folders as made
 
+from flexip_core.evaluation import run_file
+from flexip_core.evaluation.recipe import read_recipe
+from flexip_core.measuring import scores_file
 from flexip_core.training import sd
 from flexip_core.training.check import check
 from flexip_core.training.dataset import scan
 from flexip_core.training.entries import check_place
 from flexip_core.training.importers import import_data
+from flexip_core.training.loop import keep_log_up_to
 from flexip_core.training.shard_store import ShardStore
 from flexip_core.training.shards import unpack
 from flexip_core.training.stores import safe_name
@@ -130,6 +134,23 @@ PLACES = [
     7,
     None,
 ]
+
+
+@pytest.mark.parametrize("text", [DEEP, "9" * 100_000, "\xff", "{", "[1]", "null", "1"], ids=len)
+def test_damaged_json_of_an_evaluation_is_a_sentence(tmp_path, text):
+    for name in ("scores.json", run_file.NAME):
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match="is no file of scores"):
+        scores_file.read(tmp_path / "scores.json")
+    with pytest.raises(ValueError, match="is no header of a run"):
+        run_file.joined(tmp_path, {})
+    with pytest.raises(ValueError, match="is no workflow"):
+        read_recipe(tmp_path / "scores.json", {}, dict)
+    (tmp_path / "log.jsonl").write_text(text + "\n", encoding="latin-1")
+    with pytest.raises(ValueError, match="log.jsonl is damaged"):
+        keep_log_up_to(tmp_path / "log.jsonl", 3)
+    with pytest.raises(ValueError, match="scores.json is not"):
+        import_data("ip_adapter", tmp_path / "scores.json", tmp_path / "data")
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
