@@ -14,7 +14,7 @@ _ANY = sys.float_info.max
 def check_numbers(node: str, low: float, high: float, **numbers: Any) -> None:
     """ValueError, naming node and input, unless all lie between `low` and `high`. NaN passes ComfyUI's own check."""
     for name, value in numbers.items():
-        if not isinstance(value, Real) or not low <= value <= high:
+        if not isinstance(value, Real) or not low <= float(value) <= high:
             shown = f"{value:g}" if isinstance(value, Real) else type(value).__name__
             within = "" if high >= _ANY else f" from {low:g} to {high:g}"
             raise ValueError(f"{node}: {name} is {shown}, expected a number{within}. Change it.")

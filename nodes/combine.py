@@ -91,16 +91,16 @@ def combine_references(
     weights: tuple[float, ...],
     combine: str,
     masks: torch.Tensor | None = None,
-    negative: Reference | None = None,
+    negative: Reference | ReferenceSet | None = None,
 ) -> ReferenceSet:
     """Checked, and split into pictures where `combine` goes picture by picture; a picture has its reference's weight."""
     if not parts:
         raise ValueError("no reference is wired. Wire at least one.")
-    if any(not isinstance(part, Reference) for part in (*parts, *filter(None, [negative]))):
+    if isinstance(negative, ReferenceSet) or any(not isinstance(part, Reference) for part in parts):
         raise ValueError(
             "a reference comes from another FlexIP Combine References. Wire its references in here instead."
         )
-    if any(part.needs != parts[0].needs for part in (*parts, *filter(None, [negative]))):
+    if any(part.needs != parts[0].needs for part in (*parts, *([] if negative is None else [negative]))):
         raise ValueError(
             "the references were encoded for different adapters. Wire the same adapters into every Encode Reference."
         )

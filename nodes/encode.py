@@ -91,7 +91,9 @@ class EncodeReference(io.ComfyNode):
             size: torch.stack([_prepared(picture, m, crop[0], size) for picture, m in pairs])
             for size in {image_size(need.encoder) for need in needs}
         }
-        features, null, sources = {}, {}, []
+        features: dict[str, torch.Tensor] = {}
+        null: dict[str, torch.Tensor] = {}
+        sources = []
         for wire, path, note, alike in _by_encoder(needs, wires, loaded):
             size = image_size(alike[0].encoder)
             found, without, source = encoders.features(alike, path, wire, seen[size], loaded.towers)

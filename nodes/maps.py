@@ -167,7 +167,8 @@ class FlexIPAttentionMaps(io.ComfyNode):
         with named(NODE):
             chosen = maps.choose_blocks(blocks, list(block_levels(model.model.diffusion_model)))
             if show == ADAPTERS:
-                groups, notes = maps.adapter_groups(links), []
+                groups = maps.adapter_groups(links)
+                notes: list[str] = []
                 measure = maps.measure_adapters(list(groups))
                 labels = list(groups.values())
             else:

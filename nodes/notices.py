@@ -112,7 +112,7 @@ def _send(event: str, node_id: str | None, message: dict[str, Any]) -> None:
     server = getattr(PromptServer, "instance", None)
     client = getattr(server, "client_id", None)  # who queued the prompt that runs
     # without a client nobody waits, and the server would tell everybody, whatever their page shows
-    if client is not None:
+    if server is not None and client is not None:
         server.send_sync(event, {"node": node_id, **message}, client)
 
 

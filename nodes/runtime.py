@@ -128,7 +128,8 @@ def _start(guider: Any, links: tuple[Link, ...], latent: torch.Tensor, copies: i
     conds = [(name, entry) for name, entries in guider.conds.items() for entry in entries]
     own = [_own(entry, links) for _, entry in conds]
     setting = Setting(batch, copies, height, width, levels)
-    if any(isinstance(part.gates, GateCurve) for part in (*links, *(o for owns in own for o in owns.values()))):
+    all_gates = [*(link.gates for link in links), *(brought.gates for owns in own for brought in owns.values())]
+    if any(isinstance(gates, GateCurve) for gates in all_gates):
         # a table of a thousand sigmas: made here, before there is a GPU to wait for
         setting = dataclasses.replace(setting, percent_of=PercentOfSigma(sampling.percent_to_sigma))
     runs = [

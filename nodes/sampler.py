@@ -146,9 +146,11 @@ class FlexIPSampler(io.ComfyNode):
         rows = [cell for cell in grid for _ in range(len(latent_image["samples"]))]
         last = links[-1]
         if values:
-            last = dataclasses.replace(last, gates=tuple(value for _, value in rows), over_prompts=True)
+            last = dataclasses.replace(
+                last, gates=tuple(value for _, value in rows if value is not None), over_prompts=True
+            )
         if amounts:
-            last = dataclasses.replace(last, strengths=tuple(amount for amount, _ in rows))
+            last = dataclasses.replace(last, strengths=tuple(amount for amount, _ in rows if amount is not None))
         links = (*links[:-1], last)
         model = runtime.with_links(model, links)
         reports: list[Report] = []

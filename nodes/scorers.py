@@ -86,6 +86,7 @@ class ImageScorer:
 
 def text_features(file: ScorerFile, prompt: str) -> torch.Tensor:
     """The prompt's embedding (1, d) by the text tower of a CLIP file, float32 on the CPU."""
+    assert file.text is not None  # the node asks `no_text` before
     tower = text_tower.load_text_tower(file.name, file.path, file.text, file.quick_gelu)
     patcher = encoders.wrap(tower)
     mm.load_models_gpu([patcher], force_full_load=True)

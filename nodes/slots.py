@@ -57,8 +57,8 @@ def hidden_neighbours(options: dict[str, Any]) -> list[str]:
         for key, patch in slots.items()
         if len(key) == 2
         and not isinstance(patch, GatedAttention)
-        and isinstance(slots.get((*key, 0)), GatedAttention)
-        and slots[(*key, 0)].previous is not patch
+        and isinstance(ours := slots.get(key + (0,)), GatedAttention)
+        and ours.previous is not patch
     ]
 
 

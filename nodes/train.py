@@ -393,13 +393,8 @@ def loss_plot(lines: tuple[dict[str, Any], ...]) -> torch.Tensor:
     series = [
         Series(
             kind,
-            *zip(
-                *[
-                    (line["step"], line["loss_by_kind"][kind])
-                    for line in lines
-                    if line["loss_by_kind"][kind] is not None
-                ]
-            ),
+            [line["step"] for line in lines if line["loss_by_kind"][kind] is not None],
+            [line["loss_by_kind"][kind] for line in lines if line["loss_by_kind"][kind] is not None],
         )
         for kind in kinds
         if any(line["loss_by_kind"][kind] is not None for line in lines)

@@ -6,7 +6,7 @@ Shape legend: r reference images, p patch tokens, t text tokens, b batch, w text
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -78,7 +78,7 @@ class FlexIPNetwork(nn.Module):
         self.personalization = PersonalizationAdapter(cfg, operations, **factory)
         self.blocks = nn.ModuleDict()  # nested, so that the key reads blocks.input.1.0.preservation.to_k.weight
         for address, inner in cfg.blocks.items():
-            node = self.blocks
+            node: Any = self.blocks
             for part in address.split("."):
                 if part not in node:
                     node[part] = nn.ModuleDict()
@@ -136,7 +136,7 @@ class FlexIPNetwork(nn.Module):
         return out
 
     def projection(self, address: str, adapter: str) -> KVProjection:
-        return self.blocks.get_submodule(f"{address}.{adapter}")
+        return cast(KVProjection, self.blocks.get_submodule(f"{address}.{adapter}"))
 
     @torch.no_grad()
     def init_no_op(self) -> None:

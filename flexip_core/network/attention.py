@@ -54,6 +54,7 @@ def place_gated_attention(
     A query's gate scales the scores of the first tokens, 1 - gate those of the others, and the same factors their values. Both fit
     into one softmax when each token has its own half of a head twice as wide.
     """
+    assert branch.first is not None  # comes with every place_gate
     b, n, c = q.shape
     q = q.view(b, n, heads, -1)
     k, v = (t.view(t.shape[0], t.shape[1], heads, -1) for t in (branch.k, branch.v))
@@ -97,7 +98,8 @@ def _in_dtype(branch: Branch, dtype: torch.dtype) -> Branch:
     """A neighbour may run attention in another precision than the model's."""
     if branch.k.dtype == dtype:
         return branch
-    return Branch(*(t if t is None or t.dtype == torch.bool else t.to(dtype) for t in branch))
+    numbers = {name: t for name, t in branch._asdict().items() if t is not None and t.dtype != torch.bool}
+    return branch._replace(**{name: t.to(dtype) for name, t in numbers.items()})
 
 
 def per_token(place: torch.Tensor, tokens: int, grid: tuple[int, int] | None) -> torch.Tensor:
@@ -125,7 +127,7 @@ class GatedAttention:
         address: str,
         position: int,
         base_attention: Callable[..., torch.Tensor],
-        previous: Callable | None = None,
+        previous: Any = None,
         sdpa: Sdpa = F.scaled_dot_product_attention,
     ):
         self.address = address

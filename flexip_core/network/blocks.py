@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 
-def cross_attentions(diffusion_model: nn.Module) -> dict[str, nn.Module]:
+def cross_attentions(diffusion_model: nn.Module) -> dict[str, Any]:
     """Block address -> attn2 module, in the order of execution.
 
     The address is ComfyUI's own: block kind, block number, transformer index; the middle block is number 0. A model without
@@ -29,7 +30,7 @@ def block_of(address: str) -> tuple[str, int, int]:
     return kind, int(number), int(index)
 
 
-def _blocks(diffusion_model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
+def _blocks(diffusion_model: Any) -> Iterator[tuple[str, int, Any]]:
     for number, block in enumerate(getattr(diffusion_model, "input_blocks", ())):
         yield "input", number, block
     if getattr(diffusion_model, "middle_block", None) is not None:
@@ -51,7 +52,8 @@ def block_levels(diffusion_model: nn.Module) -> dict[str, int]:
     A block at level n works on ceil(height / 2**n) x ceil(width / 2**n) tokens: ComfyUI halves by a convolution with stride 2
     and padding 1, and doubles to the size of the skip connection.
     """
-    levels, level = {}, 0
+    levels: dict[str, int] = {}
+    level = 0
     for kind, number, block in _blocks(diffusion_model):
         for layer in block:
             resampler = getattr(layer, "h_upd", layer)  # of a ResBlock with up or down; an Identity in any other

@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 def build(cls: type[_T], data: Any, where: str) -> _T:
     """The dataclass `cls`. ValueError for unknown and missing settings and wrong types; `where` is what they belong to, or ""."""
     prefix = f"{where}." if where else ""
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type] - a TypeVar cannot ask for a dataclass
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a TypeVar cannot ask for a dataclass
     if unknown := sorted(set(table(data, where or "a config")) - set(fields)):
         raise ValueError(f"unknown setting {prefix}{unknown[0]}; {where or 'a config'} has {', '.join(fields)}.")
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
@@ -42,7 +42,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, types.UnionType):
         kinds = typing.get_args(hint)
         return value if isinstance(value, tuple(map(_plain_type, kinds))) else _value(kinds[0], value, where)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
     if hint == Range:
         pair = value if isinstance(value, (list, tuple)) else [value, value]

@@ -80,7 +80,7 @@ def parse(text: str, where: str) -> tuple[tuple[str, float], ...]:
 def _entry(text: str, where: str) -> tuple[str, float]:
     match = _ENTRY.fullmatch(text)
     strength = _number(match[2]) if match else math.nan
-    if not 0.0 <= strength <= STRONGEST:
+    if match is None or not 0.0 <= strength <= STRONGEST:
         raise ValueError(
             f"{where} has {text[:60]!r}, which is not a block and a strength from 0 to {STRONGEST:g}. "
             "Write entries such as input.4=0.5, output=1, middle.0.3=0 or all=0.2, with commas between them."

@@ -64,6 +64,7 @@ class Layout(NamedTuple):
 def numbers_at(gates: Gates, sigma: float | None, setting: Setting) -> Numbers:
     """γ as one number, or one per row of the latent batch."""
     if isinstance(gates, GateCurve):
+        assert sigma is not None  # Run.reads_sigma
         return (gates(setting.percent_of(sigma)),)
     return gates.values_for(setting.latents) if isinstance(gates, GateBatch) else gates
 
@@ -90,8 +91,8 @@ def folded(layout: Layout, link: Link, levels: Mapping[str, int], gates: tuple[f
     strengths = [tuple(row.strength_in(branch) for row in layout.rows) for branch in range(len(layout.places))]
     stacked, blocks = {}, {}
     for address in network.block_widths:
-        factors = tuple(
-            depth[name][address] if depth is not None else 1.0 for name in ("preservation", "personalization")
+        factors = (
+            (depth["preservation"][address], depth["personalization"][address]) if depth is not None else (1.0, 1.0)
         )
         if not any(factors):
             continue

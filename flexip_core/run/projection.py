@@ -118,4 +118,8 @@ def plan(link: Link, entry: Entry, own: Own | None, dtype: torch.dtype) -> Plan:
 def text_key(text: torch.Tensor) -> tuple:
     """Content, not identity: a re-encoded prompt is a new tensor with the same numbers."""
     data = text.detach().cpu().contiguous()
-    return tuple(data.shape), str(data.dtype), hashlib.blake2b(data.view(torch.uint8).numpy(), digest_size=16).digest()
+    return (
+        tuple(data.shape),
+        str(data.dtype),
+        hashlib.blake2b(data.view(torch.uint8).numpy().data, digest_size=16).digest(),
+    )

@@ -36,7 +36,8 @@ class LinkRun:
         self._layouts = Lru(LAYOUTS)  # by call
 
     def active_at(self, sigma: float | None) -> bool:
-        return self.always or self.window[1] <= sigma <= self.window[0]
+        """Without a sigma (see `reads_sigma`) the window is the whole sampling."""
+        return self.always or (sigma is not None and self.window[1] <= sigma <= self.window[0])
 
     @property
     def changes(self) -> bool:

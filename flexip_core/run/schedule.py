@@ -40,7 +40,8 @@ class GateCurve:
                 )
 
     def __call__(self, percent: float) -> float:
-        gate = float(np.interp(percent, *zip(*self.points)))
+        percents, gates = zip(*self.points)
+        gate = float(np.interp(percent, percents, gates))
         return min(1.0, max(0.0, gate))  # interpolation may be off by a rounding
 
 

@@ -33,9 +33,9 @@ class Batch:
 
 
 class PairSource(Protocol):
-    phrases: tuple[
-        str, ...
-    ]  # what each phrase of a caption is about, by position; () if phrases have no fixed positions
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        """What each phrase of a caption is about, by position; () if phrases have no fixed positions."""
 
     def views(self) -> Mapping[str, int]:
         """Subject of the variant data -> number of its pictures; each needs two."""
