@@ -49,7 +49,7 @@ def path_of(folder: str, name: str, node: str) -> str:
     if path is not None:
         return path
     for where in folder_paths.get_folder_paths(folder) if listed_name is not None else ():
-        link = os.path.join(where, listed_name)
+        link = os.path.join(where, str(listed_name))
         if os.path.islink(link):
             raise ValueError(
                 f"{node}: {shown(listed_name)} in {where} is a link that leads nowhere: {shown(os.readlink(link))} is missing. Bring "
