@@ -56,14 +56,21 @@ class Report:
         return {"line": self.line, "details": self.details, "warnings": self.warnings, "versions": versions()}
 
 
-def publish(reports: Sequence[Report], links: Sequence[Link], listener: Callable[[Report], None] | None) -> None:
+def publish(
+    reports: Sequence[Report], links: Sequence[Link], listener: Callable[[Sequence[Report]], None] | None
+) -> None:
     """All reports of a chain to the log and to the listener, and each to the Apply node of its link."""
     level = logging.WARNING if any(report.warnings for report in reports) else logging.INFO
-    logging.log(level, "FlexIP\n%s", "\n\n".join(report.text for report in reports))
+    logging.log(level, "FlexIP\n%s", full_text(reports))
     if listener is not None:
-        listener(Report.of_chain(reports))
+        listener(reports)
     for link, report in zip(links, reports):
         send(report, link.node_id)
+
+
+def full_text(reports: Sequence[Report]) -> str:
+    """A paragraph per link."""
+    return "\n\n".join(report.text for report in reports)
 
 
 def sentences(lines: Iterable[str]) -> str:

@@ -117,7 +117,7 @@ def look(
     """One call of the model per noise level; returns what FlexIP warned of."""
     reports: list[Report] = []
     model = watched(model, blocks, recorder)
-    model.model_options["transformer_options"][runtime.LISTENER] = reports.append
+    model.model_options["transformer_options"][runtime.LISTENER] = reports.extend
     guider = Looker(model)
     guider.recorder = recorder
     samples = latent["samples"]

@@ -30,7 +30,7 @@ from .slots import base_attention, fork_patches, has_neighbour, sdpa, slots_of
 KEY = "flexip"
 LINKS = "flexip_links"
 RUN = "flexip_run"
-LISTENER = "flexip_listener"  # a callable that receives the Report of the run
+LISTENER = "flexip_listener"  # a callable that receives the reports of the run, one per link
 COPIES = "flexip_copies"  # of a sweep: how often the batch holds the latents
 PRIVATE = (RUN, LINKS, LISTENER, COPIES, KEY)
 NULL_ROLES = {"negative", "empty_negative_prompt"}

@@ -154,7 +154,7 @@ class FlexIPSampler(io.ComfyNode):
         links = (*links[:-1], last)
         model = runtime.with_links(model, links)
         reports: list[Report] = []
-        model.model_options["transformer_options"][runtime.LISTENER] = reports.append
+        model.model_options["transformer_options"][runtime.LISTENER] = reports.extend
         result = sample(
             model,
             seed,
@@ -168,15 +168,16 @@ class FlexIPSampler(io.ComfyNode):
             denoise,
             copies=len(grid),
         )
-        report = reports[0] if reports else Report("reference not used: no step was sampled")
+        reports = reports or [Report("reference not used: no step was sampled")]
+        report, text = Report.of_chain(reports), notices.full_text(reports)
         shown = notices.said(report)
         if vae is None:
             blocker = ExecutionBlocker(f"{NODE}: wire a VAE into it to get the contact sheet.")
-            return io.NodeOutput(result, blocker, report.text, ui=shown)
+            return io.NodeOutput(result, blocker, text, ui=shown)
         labels = [f"gate {value:g}" for value in values] or gate_labels(links[-1].gates, len(latent_image["samples"]))
         pictures = by_columns(decode(vae, result["samples"]), len(amounts) or 1, len(labels))
         sheet = contact_sheet(pictures, labels, [f"strength {amount:g}" for amount in amounts])
-        return io.NodeOutput(result, sheet, report.text, ui=shown | ui.PreviewImage(sheet, cls=cls).as_dict())
+        return io.NodeOutput(result, sheet, text, ui=shown | ui.PreviewImage(sheet, cls=cls).as_dict())
 
 
 def by_columns(pictures: torch.Tensor, strengths: int, columns: int) -> torch.Tensor:

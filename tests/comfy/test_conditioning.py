@@ -225,7 +225,9 @@ def test_with_apply_there_is_no_such_warning(model, network, caplog, strength):
 def test_the_report_counts_prompts_that_brought_something(model, network):
     reports = []
     gated = runtime.attach(model, spec(network).link())
-    gated.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
+    gated.model_options["transformer_options"][runtime.LISTENER] = lambda told: reports.append(
+        runtime.notices.full_text(told)
+    )
     tiny.ksample(gated, own(P) + own(M), N, steps=1)
     assert "note: 2 prompt(s) brought their own reference or gate (gate 0.2; gate 0.2)" in reports[0]
 
@@ -233,7 +235,9 @@ def test_the_report_counts_prompts_that_brought_something(model, network):
 def test_another_gate_of_a_prompt_projects_nothing_again(model, network):
     other, link, reports = reference_for(network, 10), spec(network).link(), []
     gated = runtime.attach(model, link)
-    gated.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
+    gated.model_options["transformer_options"][runtime.LISTENER] = lambda told: reports.append(
+        runtime.notices.full_text(told)
+    )
     for gate in (0.2, 0.9):
         tiny.ksample(gated, own(P, gate, 0.3, other), N, steps=1)
     assert "K/V: 4 projected, 0 reused" in reports[0] and "K/V: 0 projected, 4 reused" in reports[1]
@@ -243,7 +247,9 @@ def test_a_deep_copy_of_a_prompt_shares_its_reference_and_projects_nothing_again
     """As packs that edit conditionings make them; a reference holds up to hundreds of megabytes of kept K and V."""
     several = combine_references([reference_for(network, seed) for seed in (10, 11)], (1.0, 1.0), "concatenate")
     gated, reports = runtime.attach(model, spec(network).link()), []
-    gated.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
+    gated.model_options["transformer_options"][runtime.LISTENER] = lambda told: reports.append(
+        runtime.notices.full_text(told)
+    )
     for reference in (reference_for(network, 10), several):
         assert copy.deepcopy(reference) is reference
         positive = own(P, 0.2, 1.0, reference)

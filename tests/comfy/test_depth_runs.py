@@ -143,7 +143,9 @@ def test_presets_reach_the_run_through_the_nodes(model, network, preset):
 
 def report_of(gated):
     reports = []
-    gated.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
+    gated.model_options["transformer_options"][runtime.LISTENER] = lambda told: reports.append(
+        runtime.notices.full_text(told)
+    )
     tiny.ksample(gated, P, N, steps=1)
     return reports[0]
 

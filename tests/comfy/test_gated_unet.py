@@ -207,7 +207,9 @@ def test_a_second_run_projects_nothing_and_another_prompt_only_what_depends_on_i
 
     def run(positive, **kwargs):
         gated = runtime.attach(model, tiny.link_for(network, reference, **kwargs))
-        gated.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
+        gated.model_options["transformer_options"][runtime.LISTENER] = lambda told: reports.append(
+            runtime.notices.full_text(told)
+        )
         tiny.ksample(gated, positive, N)
         return next(line for line in reports[-1].splitlines() if line.startswith("K/V")).rstrip(".")
 

@@ -295,6 +295,8 @@ def test_many_prompts_over_time_keep_a_bounded_number_of_layouts_on_the_device(m
 def test_no_prompts_at_all_sample_as_without_flexip(model, network):
     """What ComfyUI itself accepts must not be lost in the report."""
     gated, reports = runtime.attach(model, tiny.link_for(network, tiny.tiny_reference())), []
-    gated.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
+    gated.model_options["transformer_options"][runtime.LISTENER] = lambda told: reports.append(
+        runtime.notices.full_text(told)
+    )
     assert torch.equal(tiny.ksample(gated, [], []), tiny.ksample(model, [], []))
     assert "this gate changed nothing in this run" in reports[0]

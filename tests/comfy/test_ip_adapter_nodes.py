@@ -347,7 +347,9 @@ def test_titles_and_the_report_name_family_and_file(pair_world, model):
     adapters = load(PLUS, "plain-B.bin")
     assert adapters.title == "plus-A.safetensors (IP-Adapter plus for tiny) + plain-B.bin (IP-Adapter plain for tiny)"
     gated, reports = apply(model, adapters, encode(adapters, picture(batch=2)).args[0], 0.5), []
-    gated.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
+    gated.model_options["transformer_options"][runtime.LISTENER] = lambda told: reports.append(
+        runtime.notices.full_text(told)
+    )
     tiny.ksample(gated, P, N)
     assert adapters.title in reports[0] and "tokens 10 + 8" in reports[0]
     assert load(PLUS).title == "plus-A.safetensors (IP-Adapter plus for tiny)"
@@ -391,7 +393,9 @@ def test_a_second_run_reads_no_adapter_again(pair_world, model):
     reference = encode(adapters, picture()).args[0]
     for positive in (P, tiny.cond(5)):
         gated = apply(model, adapters, reference, 0.5)
-        gated.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
+        gated.model_options["transformer_options"][runtime.LISTENER] = lambda told: reports.append(
+            runtime.notices.full_text(told)
+        )
         tiny.ksample(gated, positive, N)
     assert "K/V: 4 projected" in reports[0]
     assert "K/V: 0 projected, 4 reused" in reports[1], "what an IP-Adapter gives does not depend on the prompt"

@@ -226,7 +226,9 @@ def report_line(model, network, reference, start, **kwargs):
     reports = []
     link = dataclasses.replace(tiny.link_for(network, REFERENCES[0], **kwargs), reference=reference)
     gated = runtime.attach(model, link)
-    gated.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
+    gated.model_options["transformer_options"][runtime.LISTENER] = lambda told: reports.append(
+        runtime.notices.full_text(told)
+    )
     tiny.ksample(gated, P, N, steps=1)
     return next(line for line in reports[0].splitlines() if line.startswith(start)).rstrip(".")
 
@@ -258,7 +260,7 @@ def test_other_weights_for_pictures_that_are_taken_apart_project_nothing_again(m
 
 def test_the_report_counts_references_pictures_and_tokens(model, network):
     reference = combined_by_node(REFERENCES[:3], weights="1, 0.5, 2", negative=REFERENCES[3])
-    line = report_line(model, network, reference, "reference")
+    line = report_line(model, network, reference, "reference:")
     assert (
         line
         == "reference: 6 picture(s) in 3 references, concatenate, weights 1, 0.5, 2, with a negative reference, tokens 42 + 231"

@@ -85,7 +85,9 @@ def everywhere(model, make):
 
 def report_of(model):
     reports = []
-    model.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
+    model.model_options["transformer_options"][runtime.LISTENER] = lambda told: reports.append(
+        runtime.notices.full_text(told)
+    )
     return tiny.ksample(model, P, N), reports[0]
 
 
@@ -229,7 +231,9 @@ def test_blocks_that_a_later_node_takes_are_counted_in_the_report(model, link, t
     kind, number, index = keys(model)[0]
     after.set_model_attn2_replace(theirs, kind, number, transformer_index=index if three_part else None)
     reports = []
-    after.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
+    after.model_options["transformer_options"][runtime.LISTENER] = lambda told: reports.append(
+        runtime.notices.full_text(told)
+    )
     tiny.ksample(after, P, N)
     # under the two-part key theirs is never called: core looks the three-part key up first, and ours is there
     assert ("WARNING: another node took over 1 of" in reports[0]) == three_part

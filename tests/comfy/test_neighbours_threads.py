@@ -106,7 +106,9 @@ def test_a_pack_that_copies_the_options_whole_while_sampling_still_has_the_same_
 
     gated = runtime.attach(model, link)
     gated.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "copying", copying)
-    gated.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
+    gated.model_options["transformer_options"][runtime.LISTENER] = lambda told: reports.append(
+        runtime.notices.full_text(told)
+    )
     assert torch.equal(sample(gated), expected)
     assert len(runs) == 1 and "1 of 1 model calls" in reports[0]
 

@@ -382,7 +382,9 @@ def sample_tiled(m, noise, positive=P, negative=N, **kwargs):
     m = m.clone()
     m.set_model_unet_function_wrapper(tiled(**kwargs))
     reports = []
-    m.model_options["transformer_options"][runtime.LISTENER] = lambda report: reports.append(report.text)
+    m.model_options["transformer_options"][runtime.LISTENER] = lambda told: reports.append(
+        runtime.notices.full_text(told)
+    )
     return tiny.ksample(m, positive, negative, noise=noise, steps=1), "\n".join(reports)
 
 
