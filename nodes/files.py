@@ -9,6 +9,8 @@ from typing import Any
 
 import folder_paths
 
+from ..flexip_core.files.folders import any_system
+
 ADAPTER_FOLDERS = ("flexip", "ipadapter")
 ENCODER_FOLDER = "clip_vision"
 AUTO = "auto"
@@ -39,7 +41,7 @@ def adapter_path(name: str, node: str) -> str:
 
 
 def names(folder: str) -> list[str]:
-    return folder_paths.get_filename_list(folder)
+    return [name for name in folder_paths.get_filename_list(folder) if not any_system(name)]
 
 
 def path_of(folder: str, name: str, node: str) -> str:

@@ -82,7 +82,11 @@ class LoadFlexIPAdapters(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, preservation: str | None, personalization: str | None, clip_vision: str | None, dino: str | None
+        cls,
+        preservation: str | None = None,  # without a value: ComfyUI's own check says that it is missing
+        personalization: str | None = None,
+        clip_vision: str | None = None,
+        dino: str | None = None,
     ) -> bool | str:
         adapters, vision = files.adapter_names(), [files.AUTO, *files.names(files.ENCODER_FOLDER)]
         options = {

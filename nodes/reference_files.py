@@ -99,9 +99,9 @@ class FlexIPLoadReference(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, reference_file: str | None) -> bool | str:
+    def validate_inputs(cls, reference_file: str | None = None) -> bool | str:
         """In place of the combo's own check, so that a file saved a moment ago is found."""
-        if reference_file is None:  # comes over a wire
+        if reference_file is None:  # comes over a wire, or is missing, which ComfyUI says itself
             return True
         try:
             reference_path(reference_file)

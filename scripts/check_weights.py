@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # flexip_core
 from flexip_core.encoders import layouts, towers
 from flexip_core.files import ip_adapter
 from flexip_core.files.checkpoint import is_flexip, load_checkpoint
+from flexip_core.files.folders import any_system
+from flexip_core.files.stored import first_parts
 from flexip_core.files.weights import Header, read_header
 from flexip_core.network.config import ClipConfig, DinoConfig
 
@@ -39,7 +41,9 @@ class Row:
 
 
 def check_folder(folder: Path) -> Iterator[Row]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
+    names = [str(path.relative_to(folder)) for path in found]
+    paths = [folder / name for name in first_parts([name for name in names if not any_system(name)])]
     wanted: list[Encoder] = [ClipConfig(model, width) for (_, width), model in ip_adapter.TOWERS.items()] + [
         DinoConfig()
     ]

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files.folders import any_system, is_system, masks
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 QUICK_SUBJECTS, QUICK_PROMPTS = 4, 5
 
@@ -296,7 +298,7 @@ def _plain(root: Path) -> Benchmark:
     for line in prompts:
         if "{class}" not in line:
             raise ValueError(f"{_shown(root / 'prompts.txt')}: expected {{class}} in every line, got {line!r}.")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not is_system(path.name))
     if not prompts or not folders:
         raise ValueError(f"{_shown(root)}: expected prompts in prompts.txt and a folder per subject.")
     cases = []
@@ -318,7 +320,10 @@ def _cases(subject: Subject, prompts: Iterable[str]) -> list[Case]:
 def _references(folder: Path) -> tuple[Path, ...]:
     """Directly in the folder, "00.jpg" first."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = [path for path in files if path.suffix.lower() in PICTURES and not path.name.startswith(".")]
+    files = [path for path in files if path.suffix.lower() in PICTURES and not is_system(path.name)]
+    files, left_out = _without_masks(files)
+    if left_out:
+        log.info("%s: masks are no references: %s", _shown(folder), _first([path.name for path in left_out]))
     if not files:
         raise ValueError(f"{_shown(folder)}: the pictures of this subject are missing.")
     return tuple(files)
@@ -368,10 +373,9 @@ def _three_folders(tree: Path) -> tuple[dict[str, Path], dict[str, Path], dict[s
 def _files(folder: Path, endings: tuple[str, ...]) -> tuple[dict[str, Path], list[Path]]:
     """Files below the folder by their names without ending ("dog6/3_0"), and those that end otherwise."""
     found: dict[str, Path] = {}
-    strangers = []
-    for path in sorted(folder.rglob("*")):
-        if path.name.startswith(".") or not path.is_file():
-            continue
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    paths, strangers = _without_masks([path for path in paths if not any_system(str(path.relative_to(folder)))])
+    for path in paths:
         if path.suffix.lower() not in endings:
             strangers.append(path)
             continue
@@ -380,6 +384,16 @@ def _files(folder: Path, endings: tuple[str, ...]) -> tuple[dict[str, Path], lis
             raise ValueError(f"{_shown(found[name])} and {_shown(path)} have the same name; keep one of them.")
         found[name] = path
     return found, strangers
+
+
+def _without_masks(paths: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The files, and those of them that are masks of others in their folder."""
+    by_folder: dict[Path, list[str]] = defaultdict(list)
+    for path in paths:
+        by_folder[path.parent].append(path.name)
+    found = {folder: masks(names, PICTURES) for folder, names in by_folder.items()}
+    taken = [path for path in paths if path.name in found[path.parent]]
+    return [path for path in paths if path not in set(taken)], taken
 
 
 def _names(case: Case, image: int) -> tuple[str, str]:

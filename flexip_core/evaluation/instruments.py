@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ..encoders import layouts, scorer_files
+from ..files.folders import any_system
+from ..files.stored import first_parts
 from ..files.weights import Header, name_of, read_header, sha256
 from ..measuring.scores import image_scores
 from ..measuring.scores_file import Row
@@ -232,7 +234,8 @@ def _weight_files(folders: Iterable[str | Path]) -> list[Path]:
                 f"{folder} is no folder; name one with weight files, such as ComfyUI's models/clip_vision."
             )
         files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        found |= dict.fromkeys(sorted(files))
+        named = sorted(str(path.relative_to(folder)) for path in files)
+        found |= dict.fromkeys(folder / name for name in first_parts([name for name in named if not any_system(name)]))
     return list(found)
 
 

@@ -26,6 +26,7 @@ from .config import TrainConfig, read_config
 from .importers import KINDS, WAYS, import_data
 from .loop import BEST, FINAL, Trainer
 from .ranks import TrainingError, joined
+from .stores import FOLLOW_LINKS
 
 OURS = "flexip_core"
 USUAL = TrainConfig(steps=1, batch=4, seed=0, folder="", precision="bf16", recompute=True)
@@ -35,11 +36,14 @@ USUAL = TrainConfig(steps=1, batch=4, seed=0, folder="", precision="bf16", recom
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    before = FOLLOW_LINKS.set(getattr(options, "follow_links", False))
     try:
         return options.command(options) or 0
     except (ValueError, TrainingError, OSError) as error:  # anything else is told with where it came from
         logging.error("%s", error)
         return 1
+    finally:
+        FOLLOW_LINKS.reset(before)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -107,6 +111,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one = command(pack, "write a folder of pictures as WebDataset shards", "data", "shards")
     one.add_argument("--megabytes", type=int, default=1024, help="of a shard (default: %(default)s)")
     command(unpack, "write shards as a folder of pictures", "shards", "data")
+    for name in ("run", "check", "cache", "pack"):
+        commands.choices[name].add_argument(
+            "--follow-links",
+            action="store_true",
+            help="read what links inside the data point at, wherever that lies; without it links are refused",
+        )
     return parser.parse_args(arguments)
 
 

@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 
 from ..files.weights import sha256
+from .data import KINDS
 from .dataset import PARTS, DataSet, Group, View, open_store, scan
 from .pictures import (
     DECODING,
+    PICTURES,
     MaskMisfit,
     decode_frame,
     decode_mask,
@@ -34,6 +36,11 @@ ALIKE = 10  # of the hash's 256 bits may differ between pictures that look the s
 COSINE = 0.97  # of CLIP embeddings: from here on two views are no variation
 BLOCK = 256  # views that are compared with all others at a time
 EXAMPLES = 3  # names in a sentence
+# pictures and films that people have and that are not decoded
+UNREAD = (
+    *(".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".gif", ".apng", ".svg", ".psd", ".exr", ".tga", ".ico"),
+    *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".wmv", ".flv", ".mpg", ".mpeg", ".3gp"),
+)
 ABOUT = ("credits", "license", "licence", "readme")  # files about the whole, beside variant/ and invariant/
 
 
@@ -392,7 +399,10 @@ def _structure(train: DataSet, val: DataSet) -> list[Problem]:
     if train.subjects and not train.loose:
         sentence = "there are no loose pictures in invariant, so the subjects' pictures serve for invariant pairs, too."
         problems.append(Problem("note", "no invariant", sentence, ()))
-    if not train.subjects:
+    if not (train.subjects or train.loose):
+        sentence = "there is no picture to train on; the sentences about files that are not used may say why."
+        problems.append(Problem("error", "nothing", sentence, ()))
+    elif not train.subjects:
         sentence = "there are no subjects in variant, so only mix = 0 can be trained, without which personalization learns nothing."
         problems.append(Problem("warning", "no variant", sentence, ()))
     if not any(True for _ in val.views()):
@@ -400,12 +410,50 @@ def _structure(train: DataSet, val: DataSet) -> list[Problem]:
         problems.append(Problem("note", "no val", sentence, ()))
     unused = [name for name in (*train.unused, *val.unused) if not name.endswith(("import.json", "shards.json"))]
     unused = [name for name in unused if not name.lower().startswith(ABOUT)]
+    for kind, names, sentence in _why_unused(unused):
+        problems.append(Problem("warning", kind, f"{len(names)} {sentence.format(_some(names))}", tuple(names)))
+        unused = [name for name in unused if name not in names]
     if unused:
         sentence = (
             f"{len(unused)} files are not used: {_some(unused)}; they lie in the wrong place or belong to no picture."
         )
         problems.append(Problem("warning", "unused", sentence, tuple(unused)))
     return problems
+
+
+def _why_unused(names: list[str]) -> list[tuple[str, list[str], str]]:
+    """(kind, files, sentence) for files of which one can tell why they are not used."""
+    masked, unread, deep = [], [], []
+    for name in names:
+        stem, ending = os.path.splitext(name.lower())
+        kind, _, inner = name.removeprefix("val/").partition("/")
+        if ending in UNREAD:
+            unread.append(name)
+        elif ending in PICTURES and kind in KINDS and inner.count("/") > 1:
+            deep.append(name)
+        elif ending in PICTURES and stem.endswith(("mask", "masklabel")) and not stem.endswith(".mask"):
+            masked.append(name)
+    found = [
+        (
+            "unread format",
+            unread,
+            f"files are in formats that are not read ({', '.join(sorted({os.path.splitext(n.lower())[1] for n in unread}))}): "
+            "{}; save them as PNG or JPEG.",
+        ),
+        (
+            "too deep",
+            deep,
+            "pictures lie a folder too deep: {}; put each subject's folder directly into variant, loose pictures into invariant "
+            "or one folder in it.",
+        ),
+        (
+            "unsure mask",
+            masked,
+            "masks are left out, because white may mean the ground in them: {}; rename them to NAME.mask.png where white is the "
+            "subject.",
+        ),
+    ]
+    return [one for one in found if one[1]]
 
 
 def _some(names: list[str]) -> str:

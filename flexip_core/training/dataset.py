@@ -6,8 +6,8 @@
       val/          variant/, invariant/ once more                     never trained on
       dataset.toml                                                     optional, see DataConfig
 
-A caption lies beside its picture (same name, .txt); without one, class.txt ("dog") gives "a photo of a dog". A mask (white =
-subject) is as large as its picture. A folder called 10_dog counts ten times, as in kohya's scripts.
+A caption lies beside its picture (same name, .txt or .caption); without one, class.txt ("dog") gives "a photo of a dog". A mask
+(white = subject) is as large as its picture; OneTrainer's `1-masklabel.png` is one, too. Endings may be in any letter case. A folder called 10_dog counts ten times, as in kohya's scripts.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from ..files.folders import masks
 from ..files.parse import parse_toml
 from .data import KINDS
 from .pictures import CLIPS, PICTURES, clip_length
 from .shard_store import ShardStore
-from .stores import CLASS, MASK, SETTINGS, FolderStore, Store
+from .stores import CAPTIONS, CLASS, SETTINGS, FolderStore, Store
 
 PARTS = ("train", "val")
 LONGEST_TEXT = 2**20  # bytes of a caption, a class or dataset.toml
@@ -174,24 +175,26 @@ def _views(
     alive: Callable[[], None],
 ) -> tuple[list[View], list[str]]:
     """The views of a folder, and its files that are no part of the data."""
-    present, used, views = set(bases), set(), []
+    found, used, views = masks(bases, PICTURES, CLIPS), set(), []
+    texts = {(stem, ending.lower()): base for base in bases for stem, ending in (os.path.splitext(base),)}
 
-    def beside(name: str) -> str | None:
-        if name not in present:
+    def take(base: str | None) -> str | None:
+        if base is None:
             return None
-        used.add(name)
-        return f"{folder}/{name}"
+        used.add(base)
+        return f"{folder}/{base}"
 
-    class_file = beside(CLASS)
+    class_file = take(next((base for base in bases if base.lower() == CLASS), None))
     for base in bases:
         stem, extension = os.path.splitext(base)
         extension = extension.lower()
-        if base.endswith(MASK) or extension not in (*PICTURES, *CLIPS):
+        if base in found or extension not in (*PICTURES, *CLIPS):
             continue
         used.add(base)
-        path, caption = f"{folder}/{base}", beside(f"{stem}.txt")
+        path = f"{folder}/{base}"
+        caption = take(next((texts[stem, ending] for ending in CAPTIONS if (stem, ending) in texts), None))
         if extension in PICTURES:
-            views.append(View(path, mask=beside(stem + MASK), caption=caption, class_file=class_file))
+            views.append(View(path, mask=take(found.of.get(base)), caption=caption, class_file=class_file))
         else:
             alive()
             try:

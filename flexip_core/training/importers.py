@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,11 +22,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files.folders import is_system, masks
 from ..files.parse import parse_json, read_json
 from ..files.weights import write_atomically
 from ..pictures.opened import TooLarge, open_picture
 from .pictures import CLIPS, PICTURES
-from .stores import CLASS, MASK, UNSAFE, safe_name
+from .stores import CAPTIONS, CLASS, MASK, UNSAFE, safe_name
 
 MANIFEST = "import.json"
 WAYS = ("copy", "link")
@@ -97,7 +99,7 @@ def _items(
 
 def _bring(items: list[Item], target: Path, about: Mapping[str, str | None], way: str) -> int:
     """Writes what is not there yet."""
-    shown = [item for item in items if item.name.lower().endswith((*PICTURES, *CLIPS)) and not item.name.endswith(MASK)]
+    shown = [item for item in items if item.name.lower().endswith((*PICTURES, *CLIPS)) and not _is_mask(item.name)]
     if not shown:
         raise ValueError(f"Import: {about['source']} holds no pictures in the layout of {about['kind']}; check both.")
     names: dict[str, Item] = {}
@@ -131,6 +133,10 @@ def _check_pixels(source: Path) -> None:
         raise ValueError(f"Import: {source} cannot be used: {error}.") from None
     except Exception:  # noqa: BLE001 - damaged files fail with any exception
         return
+
+
+def _is_mask(name: str) -> bool:
+    return os.path.splitext(name)[0].lower().endswith(".mask")
 
 
 def _place(item: Item, path: Path, way: str) -> None:
@@ -227,7 +233,7 @@ def _dreambench(source: Path) -> Iterator[Item]:
     table = root / "prompts_and_classes.txt"
     lines = _text(table).split("Prompts")[0].splitlines() if table.is_file() else []
     classes = dict(line.strip().split(",", 1) for line in lines if "," in line)
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not is_system(path.name)):
         if folder.name in classes:
             yield Item(f"variant/{folder.name}/{CLASS}", content=classes[folder.name].strip().encode())
         for path in _files(folder, 0):
@@ -262,27 +268,38 @@ def _ip_adapter(source: Path, root: Path) -> Iterator[Item]:
 
 def _captioned(root: Path, kind: str, loose: bool) -> Iterator[Item]:
     """Folders of pictures with captions beside them; with `loose` also pictures that lie in `root` itself."""
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not is_system(path.name))
     for folder in [root, *folders] if loose else folders:
         prefix = kind if folder == root else f"{kind}/{folder.name}"
         files = list(_files(folder, 0))
+        found = masks([path.name for path in files], PICTURES, CLIPS)
         by_name = {path.name: path for path in files}
+        texts = {(path.stem, path.suffix.lower()): path for path in files}
         for path in files:
-            if path.suffix.lower() not in (*PICTURES, *CLIPS):
+            if path.suffix.lower() not in (*PICTURES, *CLIPS) or path.name in found:
                 continue
             yield Item(f"{prefix}/{path.name}", path)
-            if path.name.endswith(MASK):
-                continue
-            for ending in (".txt", ".caption"):
-                if path.stem + ending in by_name:
-                    yield Item(f"{prefix}/{path.stem}.txt", content=by_name[path.stem + ending].read_bytes())
+            if path.name in found.of:
+                mask = by_name[found.of[path.name]]
+                yield Item(f"{prefix}/{path.stem}.mask{mask.suffix}", mask)
+            for ending in CAPTIONS:
+                if (path.stem, ending) in texts:
+                    yield Item(f"{prefix}/{path.stem}.txt", content=texts[path.stem, ending].read_bytes())
                     break
+        if found.left_out:
+            logging.warning(
+                "Import: %d masks in %s are left out, because white may mean the ground in them: %s. Rename them to NAME.mask.png "
+                "where white is the subject.",
+                len(found.left_out),
+                folder,
+                ", ".join(found.left_out[:3]),
+            )
 
 
 def _files(folder: Path, depth: int) -> Iterator[Path]:
     """The files that lie `depth` folders below, sorted; hidden ones are passed over."""
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+        if is_system(path.name):
             continue
         if depth and path.is_dir():
             yield from _files(path, depth - 1)
