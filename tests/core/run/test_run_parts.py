@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from small_run import CPU, HEADS, LEVELS, NETWORKS, WIDTH, Network, mask, randn, reference
 
 from flexip_core.network.attention import (
     Branch,
@@ -23,57 +24,11 @@ from flexip_core.run import run as core_run
 from flexip_core.run.chain import Call, Entry, Link, Own, Row, Setting
 from flexip_core.run.layout import folded
 from flexip_core.run.projection import text_key
-from flexip_core.run.reference import COMBINE, Reference, ReferenceSet, combined
+from flexip_core.run.reference import COMBINE, ReferenceSet, combined
 from flexip_core.run.run import LAYOUTS, LinkRun, Run
 from flexip_core.run.schedule import GateBatch, GateCurve
 
-CPU = torch.device("cpu")
-LEVELS = {"input.1.0": 0, "middle.0.0": 1}
-WIDTH, HEADS = 8, 2
 BATCH, HEIGHT, LATENT_WIDTH = 3, 4, 5
-
-
-def randn(seed, *shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def mask(seed, *shape):
-    return (torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 3 - 1).clamp(0, 1)
-
-
-class Network:
-    """Two adapters with fixed projections: 2 tokens per picture, and one per text token."""
-
-    block_widths = dict.fromkeys(LEVELS, WIDTH)
-    adapters = ("preservation", "personalization")
-    text_width = WIDTH
-
-    def __init__(self, gate_mode):
-        self.gate_mode = gate_mode
-
-    def reads_text(self, adapter):
-        return adapter == "personalization"
-
-    def tokens(self, adapter, features, text):
-        pictures = features["patches"].reshape(1, -1, WIDTH)
-        return pictures if adapter == "preservation" else text + pictures.mean(dim=1, keepdim=True)
-
-    def project(self, adapter, tokens):
-        number = self.adapters.index(adapter)
-        return {
-            address: tuple(tokens @ randn(10 * number + 2 * place + i, WIDTH, WIDTH) for i in (0, 1))
-            for place, address in enumerate(LEVELS)
-        }
-
-
-NETWORKS = {mode: Network(mode) for mode in ("outputs", "tokens")}
-
-
-def reference(seed, pictures=1):
-    features = {"patches": randn(seed, pictures, 2, WIDTH)}
-    return Reference(features, {"patches": torch.zeros_like(features["patches"])}, "test")
-
-
 REFERENCES = [reference(1), reference(2, 2), reference(3)]
 ONE_PICTURE_EACH = (REFERENCES[0], reference(4), REFERENCES[2])
 SETS = [
