@@ -18,7 +18,8 @@ from .reference_files import FlexIPLoadReference, FlexIPSaveReference
 from .sampler import FlexIPSampler
 from .schedule import FlexIPGateBatch, FlexIPGateSchedule
 from .score import FlexIPScore
-from .train import FlexIPTrain, FlexIPTrainingStatus
+from .train import FlexIPTrain
+from .training_status import FlexIPTrainingStatus
 
 files.register_folders()
 

@@ -1,7 +1,8 @@
-"""FlexIPTrain and FlexIPTrainingStatus: training in a process of its own, started and watched from the graph."""
+"""FlexIPTrain: training in a process of its own, started from the graph. training_status.py watches it."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -14,28 +15,27 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.utils
 import folder_paths
-import numpy as np
-import torch
-from comfy_api.v0_0_2 import io, ui
-from PIL import Image
+from comfy_api.v0_0_2 import io
 
 from ..flexip_core.files.names import is_device
 from ..flexip_core.files.stored import first_parts
 from ..flexip_core.network.config import GATE_MODES
-from ..flexip_core.pictures.plots import Series, line_plot
 from . import files, notices
 from .compat import is_within_directory
 from .errors import named
+from .training_limits import LIMITS, refuse_beyond_limits
 from .types import CATEGORY
 
-TRAIN, STATUS = "FlexIPTrain", "FlexIPTrainingStatus"
+TRAIN = "FlexIPTrain"
 CACHE = "cache"  # of [task]: what the command `cache` filled
 RUNS = "flexip_training"  # in ComfyUI's output folder
 DATA_PARTS = ("variant", "invariant")
 NO_DATA = "no training data in input"  # chosen where there is none: from an empty list the page sends nothing
-PLOT = (560, 320)
 NAME = re.compile(r"[\w][\w .-]{0,79}")
-LOOK, STOP = "look", "stop"
+GOES_ON = (
+    "{} is trained in a process of its own: it goes on after you close ComfyUI, until it is done. To end it, queue FlexIP Training "
+    "Status twice with this run and action stop"
+)
 
 
 class FlexIPTrain(io.ComfyNode):
@@ -50,6 +50,7 @@ class FlexIPTrain(io.ComfyNode):
             search_aliases=["train", "training", "fine-tune", "finetune", "adapter training"],
             is_experimental=True,
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.String.Input(
                     "run",
@@ -79,11 +80,13 @@ class FlexIPTrain(io.ComfyNode):
                 io.Int.Input(
                     "steps",
                     default=20000,
-                    min=1,
-                    max=10_000_000,
+                    min=LIMITS["steps"][0],
+                    max=LIMITS["steps"][1],
                     tooltip="Training steps in all. A finished run goes on if this is raised.",
                 ),
-                io.Int.Input("batch", default=4, min=1, max=4096, tooltip="Pictures per step."),
+                io.Int.Input(
+                    "batch", default=4, min=LIMITS["batch"][0], max=LIMITS["batch"][1], tooltip="Pictures per step."
+                ),
                 io.Int.Input(
                     "size",
                     default=512,
@@ -95,8 +98,8 @@ class FlexIPTrain(io.ComfyNode):
                 io.Float.Input(
                     "learning_rate",
                     default=1e-4,
-                    min=1e-7,
-                    max=1.0,
+                    min=LIMITS["optimizer.lr"][0],
+                    max=LIMITS["optimizer.lr"][1],
                     step=1e-6,
                     round=1e-8,
                     tooltip="1e-4 from scratch; lower to go on from trained adapters.",
@@ -104,8 +107,8 @@ class FlexIPTrain(io.ComfyNode):
                 io.Int.Input(
                     "seed",
                     default=0,
-                    min=0,
-                    max=0xFFFFFFFF,
+                    min=LIMITS["seed"][0],
+                    max=LIMITS["seed"][1],
                     control_after_generate=False,
                     tooltip="The same seed and pictures give the same adapters.",
                 ),
@@ -180,7 +183,7 @@ class FlexIPTrain(io.ComfyNode):
         settings: str = "",
     ) -> io.NodeOutput:
         toml = ("tomli",) if settings.strip() and sys.version_info < (3, 11) else ()
-        training = _training("diffusers", *toml)
+        training = trainer("diffusers", *toml)
         folder, pictures, adapters = run_folder(run, TRAIN), data_path(data), adapters_file(run)
         task = {
             "make": "flexip_core.training.sd:make",
@@ -209,9 +212,11 @@ class FlexIPTrain(io.ComfyNode):
             training.config.check_task(cfg.task, (*task, CACHE))
             if CACHE in cfg.task:
                 training.entries.check_place(cfg.task[CACHE], pictures)
+            refuse_beyond_limits(cfg)
+            warnings: tuple[str, ...] = ()
             report = standing(training.background, folder, cfg, adapters)
             if report is None:
-                training.background.refuse(cfg)
+                training.background.refuse(cfg, adapters)
                 check_files(training, task)
                 found = training.check.check(pictures, size, on_progress=_progress())
                 if not found.ok:
@@ -219,66 +224,12 @@ class FlexIPTrain(io.ComfyNode):
                 mm.unload_all_models()
                 mm.soft_empty_cache()
                 training.background.start(cfg, export=adapters)
-                report = f"Training of {folder.name} has begun; look at it with FlexIP Training Status.\n{found.text()}"
-        return io.NodeOutput(run, report, ui=notices.said(report))
-
-
-class FlexIPTrainingStatus(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id=STATUS,
-            display_name="FlexIP Training Status",
-            category=CATEGORY,
-            description="Shows how far a training run is, its losses and its newest preview pictures, and stops it on request. Queue it as often as you like.",
-            search_aliases=["training progress", "loss", "stop training", "training preview"],
-            is_experimental=True,
-            is_output_node=True,
-            inputs=[
-                io.String.Input(
-                    "run", default="my_adapters", tooltip="The run's name; wire it from Train FlexIP, or write it."
-                ),
-                io.Combo.Input(
-                    "action",
-                    options=[LOOK, STOP],
-                    tooltip="stop: the run saves its state and ends after the step it is in. Queue Train FlexIP again to go on.",
-                ),
-            ],
-            outputs=[
-                io.String.Output(
-                    "report", display_name="report", tooltip="State, step, time left, losses, the probe's scores."
-                ),
-                io.Image.Output(
-                    "losses", display_name="losses", tooltip="The loss of both kinds of data over the steps."
-                ),
-                io.Image.Output(
-                    "preview",
-                    display_name="preview",
-                    tooltip="The newest preview: per row a reference, then gate 0, 0.5 and 1. Grey before the first one.",
-                ),
-            ],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> float:
-        return time.time()  # the run goes on between two looks
-
-    @classmethod
-    def execute(cls, run: str, action: str) -> io.NodeOutput:
-        background = _training().background
-        folder = run_folder(run, STATUS)
-        with named(STATUS):
-            if action == STOP:
-                background.ask_to_stop(folder)
-            found = background.status(folder)
-        text = found.text()
-        if action == STOP:
-            text += "\nIt was asked to stop: it saves its state after the step it is in."
-        losses, preview = loss_plot(found.losses), preview_of(found.previews)
-        shown = ui.PreviewImage(losses, cls=cls).as_dict()
-        if found.previews:  # each at its own size
-            shown["images"] = [*shown["images"], *ui.PreviewImage(preview, cls=cls).values]
-        return io.NodeOutput(text, losses, preview, ui={**shown, **notices.said(text)})
+                report, warnings = (
+                    f"Training of {folder.name} has begun; look at it with FlexIP Training Status.\n{found.text()}",
+                    (GOES_ON.format(folder.name),),
+                )
+        said = dataclasses.replace(notices.Report.of(report), warnings=warnings)
+        return io.NodeOutput(run, said.text, ui=notices.said(said, notices.id_of(cls)))
 
 
 def run_folder(run: str, node: str) -> Path:
@@ -341,13 +292,10 @@ def adapters_file(run: str) -> Path:
 def standing(background: Any, folder: Path, cfg: Any, adapters: Path) -> str | None:
     """What to say of a run that is being trained with these settings or has nothing left to do; None: it is to be started.
 
-    So the node can stand in one graph with FlexIP Training Status, which is queued again and again. ValueError if a new run would
-    write over adapters that are not its own.
+    So the node can stand in one graph with FlexIP Training Status, which is queued again and again.
     """
     known = background.read_config_of(folder)
     if known is None:
-        if adapters.exists():
-            raise ValueError(f"{adapters.name} in {adapters.parent} is not of this run; give the run another name.")
         return None
     found = background.status(folder)
     if known.steps != cfg.steps or background.changed_settings(known, cfg):
@@ -388,28 +336,6 @@ def merged(chosen: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def loss_plot(lines: tuple[dict[str, Any], ...]) -> torch.Tensor:
-    kinds = lines[-1]["loss_by_kind"] if lines else {}
-    series = [
-        Series(
-            kind,
-            [line["step"] for line in lines if line["loss_by_kind"][kind] is not None],
-            [line["loss_by_kind"][kind] for line in lines if line["loss_by_kind"][kind] is not None],
-        )
-        for kind in kinds
-        if any(line["loss_by_kind"][kind] is not None for line in lines)
-    ]
-    return line_plot(series, "step", "loss", "loss by kind of data", PLOT)
-
-
-def preview_of(previews: tuple[Path, ...]) -> torch.Tensor:
-    """(1, h, w, 3) in 0..1"""
-    if not previews:
-        return torch.full((1, PLOT[1], PLOT[0], 3), 0.5)
-    with Image.open(previews[-1]) as image:
-        return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)[None]
-
-
 def _progress() -> Any:
     """For a check of the data, which takes minutes where there is much: shown on the node, and ended by ComfyUI's cancel."""
     bar = comfy.utils.ProgressBar(1)
@@ -421,7 +347,7 @@ def _progress() -> Any:
     return show
 
 
-def _training(*packages: str) -> Any:
+def trainer(*packages: str) -> Any:
     """The trainer, which is not imported with the pack because it takes seconds. RuntimeError, a sentence, without `packages`."""
     for name in packages:
         if importlib.util.find_spec(name) is None:

@@ -14,15 +14,18 @@ import argparse
 import dataclasses
 import importlib
 import inspect
+import json
 import logging
 import sys
+import tempfile
 from pathlib import Path
 
 from ..files.weights import write_atomically
-from .background import STOP, locked
+from .background import CONFIG, STOP, locked, refuse_overwriting
 from .base import Task
 from .checkpointing import export, states
 from .config import TrainConfig, read_config
+from .delivery import deliver, refuse_foreign
 from .importers import KINDS, WAYS, import_data
 from .loop import BEST, FINAL, Trainer
 from .ranks import TrainingError, joined
@@ -129,14 +132,18 @@ def run(options: argparse.Namespace) -> None:
         cfg = dataclasses.replace(cfg, device=ranks.device(cfg.device))
         with locked(folder, ranks):
             with ranks.together():
+                if ranks.first:
+                    refuse_overwriting(cfg, options.export)
                 trainer = Trainer(cfg, *make_task(cfg, options.allow_code), ranks=ranks)
+                if ranks.first:
+                    write_atomically(folder / CONFIG, json.dumps(cfg.to_dict(), indent=1).encode())
             try:
                 done = trainer.run(resume=options.resume, should_stop=(folder / STOP).exists)
             finally:
                 (folder / STOP).unlink(missing_ok=True)
             if done and options.export and ranks.first:
                 best = folder / BEST if (folder / BEST).exists() else folder / FINAL
-                write_atomically(options.export, best.read_bytes())
+                deliver(folder, best.read_bytes(), options.export)
                 logging.info("The adapters are in %s.", options.export)
 
 
@@ -144,7 +151,11 @@ def export_(options: argparse.Namespace) -> None:
     found = states(options.folder)
     if not found:
         raise ValueError(f"{options.folder} holds no training state; give the folder of a run.")
-    export(found[-1], options.file, "weights" if options.last else "average")
+    refuse_foreign(options.folder, options.file)
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / options.file.name
+        export(found[-1], made, "weights" if options.last else "average")
+        deliver(options.folder, made.read_bytes(), options.file)
 
 
 def memory(options: argparse.Namespace) -> None:

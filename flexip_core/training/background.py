@@ -1,6 +1,6 @@
 """A training run in a process of its own, and what a run's folder tells about it from outside.
 
-A run's folder: config.json, output.log (what the process said), log.jsonl, states, previews/, best and final adapters; run.lock is held
+A run's folder: config.json, delivered.json (adapters that it wrote elsewhere), output.log (what the process said), log.jsonl, states, previews/, best and final adapters; run.lock is held
 while a process writes there, and the file "stop" asks it to save and stop. The process belongs to nobody: neither a page that is
 closed nor a server that ends takes it along.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,18 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..files.parse import parse_json, read_json
-from ..files.weights import write_atomically
-from .checkpointing import changed, states
+from ..files.weights import one_line, write_atomically
+from .checkpointing import changed, config_of, states
 from .config import TrainConfig
+from .delivery import has_trained, refuse_foreign
 from .loop import FINAL, LOG
 from .ranks import Ranks, TrainingError
 
 CONFIG, LOCK, STOP, OUTPUT, PREVIEWS = "config.json", "run.lock", "stop", "output.log", "previews"
 PROCESS = "process.json"
+MOST_NAMES = 20  # of runs, in a sentence
 LONGEST_LINE = 2**20  # bytes, of the log
 LAST_WORDS = 2**16  # bytes of output.log that are looked at
 PATIENCE = 2.0  # seconds: somebody who only looks holds the lock for a moment
+MOST_NUMBERS = 16  # kinds of data, or scores of a probe, in a line of the log
 STOPPED = "Stopped after step"  # what the loop says
 PACK = Path(__file__).resolve().parents[2]
 
@@ -38,6 +44,7 @@ def locked(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
     """Only one run at a time writes a folder; its first rank holds the lock. The system takes it back if the process dies."""
     from filelock import FileLock, Timeout  # torch brings it
 
+    _no_link(folder / LOCK)  # to take it would empty the file that it leads to
     lock = FileLock(folder / LOCK, timeout=PATIENCE)
     made = [path for path in (folder, *folder.parents) if not path.exists()] if ranks.first else []
     with ranks.together():
@@ -67,7 +74,7 @@ def is_running(folder: Path) -> bool:
 def _is_locked(folder: Path) -> bool:
     from filelock import FileLock, Timeout
 
-    if not (folder / LOCK).exists():
+    if not (folder / LOCK).exists() or (folder / LOCK).is_symlink():  # no run makes a link
         return False
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -83,6 +90,7 @@ def _is_alive(folder: Path) -> bool:
     import psutil  # ComfyUI brings it
 
     try:
+        _no_link(folder / PROCESS)
         data = read_json(folder / PROCESS)
         process = psutil.Process(data["pid"])
         return process.create_time() == data["created"] and process.status() != psutil.STATUS_ZOMBIE
@@ -90,19 +98,60 @@ def _is_alive(folder: Path) -> bool:
         return False
 
 
-def refuse(cfg: TrainConfig) -> None:
-    """ValueError if a process writes in `cfg.folder`, or if the folder holds a run with other settings."""
+def refuse(cfg: TrainConfig, export: Path | None = None) -> None:
+    """ValueError if a process writes in `cfg.folder`, if another run beside it uses the device, or as `refuse_overwriting`."""
     folder = Path(cfg.folder)
-    running = is_running(folder)
-    known = read_config_of(folder) if running or states(folder) else None  # without a state nothing is gone on with
-    other = changed_settings(known, cfg) if known else ""
-    if running:
+    if is_running(folder):
+        known = read_config_of(folder)
+        other = changed_settings(known, cfg) if known else ""
         how = f", with other settings ({other})" if other else ""
         raise ValueError(f"The run {folder.name} is being trained already{how}; look at it, or stop it first.")
-    if other:
-        raise ValueError(
-            f"The run {folder.name} was begun with other settings ({other}); set them back, or give the run another name."
-        )
+    refuse_overwriting(cfg, export)
+    device = device_of(cfg)
+    for other_run in runs(folder.parent):
+        if other_run != folder and is_running(other_run):
+            there = read_config_of(other_run)
+            if there is None or device_of(there) == device:
+                raise ValueError(
+                    f"The run {other_run.name} is being trained on {device}, and a device has memory for one run at a time; wait "
+                    "for it, or stop it with FlexIP Training Status."
+                )
+
+
+def refuse_overwriting(cfg: TrainConfig, export: Path | None = None) -> None:
+    """ValueError if the run would write over what was trained with other settings, or over a file that it has not written."""
+    folder = Path(cfg.folder)
+    if has_trained(folder):
+        known, found = read_config_of(folder), states(folder)
+        if known is None and found:
+            known = TrainConfig.from_dict(config_of(found[-1]))
+        if known is None:
+            raise ValueError(
+                f"{folder} holds trained adapters, and nothing says with which settings; choose another folder, or move them away."
+            )
+        other = changed_settings(known, cfg)
+        if not other and not found and known.steps != cfg.steps:
+            other = f"steps: {known.steps} there, {cfg.steps} now, and no state to go on from"
+        if other:
+            raise ValueError(
+                f"The run {folder.name} was begun with other settings ({other}); set them back, or give the run another name."
+            )
+    if export is not None:
+        refuse_foreign(folder, export)
+
+
+def runs(root: Path) -> list[Path]:
+    """The folders of all runs in a folder, by name."""
+    return sorted(path.parent for path in root.glob(f"*/{CONFIG}") if path.is_file())
+
+
+def device_of(cfg: TrainConfig) -> torch.device:
+    """ "cuda" and "cuda:0" are the same one. ValueError for a text that names none."""
+    try:
+        device = torch.device(cfg.device)
+    except RuntimeError:
+        raise ValueError(f"device must be like cuda:0 or cpu, got {cfg.device[:80]!r}.") from None
+    return torch.device(device.type, device.index or 0)
 
 
 def start(cfg: TrainConfig, export: Path | None = None, allow_code: bool = False) -> None:
@@ -112,7 +161,7 @@ def start(cfg: TrainConfig, export: Path | None = None, allow_code: bool = False
 
     ValueError where `refuse` says so.
     """
-    refuse(cfg)
+    refuse(cfg, export)
     folder = Path(cfg.folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CONFIG, json.dumps(cfg.to_dict(), indent=1).encode())
@@ -148,11 +197,13 @@ def ask_to_stop(folder: Path) -> None:
     """The run saves its state and ends after the step it is in."""
     if not is_running(folder):
         raise ValueError(f"The run {folder.name} is not being trained, so there is nothing to stop.")
+    _no_link(folder / STOP)
     (folder / STOP).touch()
 
 
 def read_config_of(folder: Path) -> TrainConfig | None:
     path = folder / CONFIG
+    _no_link(path)
     if not path.is_file():
         return None
     try:
@@ -207,14 +258,19 @@ def status(folder: Path) -> Status:
     """ValueError if `folder` holds no run."""
     cfg = read_config_of(folder)
     if cfg is None:
-        raise ValueError(f"There is no training run {folder.name!r} in {folder.parent}; start one with Train FlexIP.")
+        there = ", ".join(path.name for path in runs(folder.parent)[:MOST_NAMES]) or "none"
+        raise ValueError(
+            f"There is no training run {folder.name!r} in {folder.parent}; start one with Train FlexIP. Runs there: {there}."
+        )
+    for name in (LOCK, STOP, OUTPUT, PREVIEWS, PROCESS, LOG):
+        _no_link(folder / name)
     alive, lines = (_is_locked(folder), _is_alive(folder)), _log_lines(folder / LOG)
     losses = tuple(line for line in lines if "loss" in line)
     probes = tuple(line for line in lines if "probe" in line)
     said = _output_lines(folder / OUTPUT)
     step = max((line["step"] for line in lines), default=0)
     state, why = _state(*alive, (folder / FINAL).is_file() and step >= cfg.steps, said)
-    previews = tuple(sorted((folder / PREVIEWS).glob("step_*.png")))
+    previews = tuple(sorted(path for path in (folder / PREVIEWS).glob("step_*.png") if not path.is_symlink()))
     return Status(
         folder.name, state, step, cfg.steps, losses[-1]["seconds"] if losses else 0.0, losses, probes, previews, why
     )
@@ -239,6 +295,7 @@ def _state(writing: bool, alive: bool, finished: bool, said: list[str]) -> tuple
 def _log_lines(path: Path) -> list[dict[str, Any]]:
     """Whole lines only: the run may be writing one. ValueError for one that no run has written."""
     found = []
+    _no_link(path)
     if path.is_file():
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
@@ -266,19 +323,27 @@ def _checked(line: Any) -> dict[str, Any]:
         numbers += line["probe"].values() if isinstance(line["probe"], dict) else [None]
         if type(line.get("best")) is not bool:
             raise ValueError("its probe is none")
-    if not all(type(number) in (int, float) for number in numbers):
+    if len(numbers) > MOST_NUMBERS:
+        raise ValueError(f"it has more than {MOST_NUMBERS} numbers")
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
         raise ValueError("it has something else where numbers are")
     return line
 
 
 def _output_lines(path: Path) -> list[str]:
     """The last ones."""
+    _no_link(path)
     if not path.is_file():
         return []
     with path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_WORDS))
         text = file.read().decode(errors="replace")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [one_line(line) for line in text.splitlines() if line.strip()]
+
+
+def _no_link(path: Path) -> None:
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link; a run's folder must hold its files themselves.")
 
 
 def _duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ import filecmp
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -24,6 +25,7 @@ from ..files.parse import parse_json
 from ..files.weights import name_of, read_header, read_tensors, write_atomically
 from ..network.adapters import FlexIPNetwork
 from ..network.config import FlexIPConfig
+from .ranks import TrainingError
 
 FORMAT = "1"
 STATE_KEY = "flexip.training"
@@ -74,10 +76,21 @@ def save_state(
     path = Path(folder) / f"state_{progress.step:08d}.safetensors"
     about = {"format": FORMAT, "progress": vars(progress), "config": config, "network": network.to_dict()}
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    check_room(path.parent, sum(value.nbytes for value in tensors.values()))
     write_atomically(path, save(tensors, metadata={STATE_KEY: json.dumps(about, sort_keys=True)}))
     for old in states(folder)[:-keep]:
         old.unlink()
     return path
+
+
+def check_room(folder: Path, size: int) -> None:
+    """TrainingError unless a state of `size` bytes fits on the folder's disk, and leaves as much for everybody else."""
+    free = shutil.disk_usage(folder).free
+    if free < 2 * size:
+        raise TrainingError(
+            f"The disk of {folder} has {free / 1e9:.1f} GB left, and a state takes {size / 1e9:.1f} GB; the states before it are kept. "
+            "Make room, or lower keep, then go on from the last one."
+        )
 
 
 def states(folder: str | os.PathLike) -> list[Path]:
@@ -112,6 +125,11 @@ def _is_progress(found: Any) -> bool:
     number, none = (int, float), type(None)
     kinds = {"step": (int,), "seconds": number, "best_score": (*number, none), "best_step": (int, none)}
     return all(type(found[name]) in kind for name, kind in kinds.items())
+
+
+def config_of(path: str | os.PathLike) -> dict[str, Any]:
+    """The settings that a state was written with."""
+    return _about(path)["config"]
 
 
 def _about(path: str | os.PathLike) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ..network.adapters import FlexIPNetwork
 from ..network.config import FlexIPConfig
 from ..network.gate import Numbers
 from .base import Base, Probe, Text
-from .checkpointing import Progress, load_into, read_state, save_state, state_tensors, states
+from .checkpointing import Progress, check_room, load_into, read_state, save_state, state_tensors, states
 from .config import DropoutConfig, GateConfig, TrainConfig
 from .data import INVARIANT, VARIANT, Batch, PairSource, check_source, drop_phrases
 from .losses import Meter, add_noise, min_snr_weights, noise_loss
@@ -227,6 +227,11 @@ class Trainer:
         tensors = state_tensors(self.network, self.average, self.parameters, self.optimizer, self.meter.sums)
         save_state(self.folder, tensors, self.progress, self.cfg.to_dict(), self.network.cfg, self.cfg.keep)
 
+    def _state_size(self) -> int:
+        """Bytes, but for some numbers: the network, its average, and two moments of what is trained."""
+        network = sum(value.nbytes for value in self.network.state_dict().values())
+        return 2 * (network + sum(p.nbytes for p in self.parameters.values()))
+
     def resume(self, path: Path | None) -> None:
         """Goes on from the state that rank 0 gives; its path does not matter at the others."""
         progress, tensors = Progress(), {}
@@ -251,6 +256,8 @@ class Trainer:
                         "resume it with --resume or choose another folder."
                     )
                 self.folder.mkdir(parents=True, exist_ok=True)
+                more = self.cfg.keep + 1 - len(found)  # the oldest goes after the newest has come
+                check_room(self.folder, self._state_size() * max(more, 1))
         if self.ranks.count > 1:
             sent = 4 * sum(p.numel() for p in self.parameters.values()) / 1e6
             share = self.cfg.batch // self.ranks.count

@@ -15,8 +15,9 @@ import torch
 import training_folders
 from flexip_pack.flexip_core.training import background
 from flexip_pack.flexip_core.untrained import mini, mini_checkpoints
-from flexip_pack.nodes import files, notices, train
-from flexip_pack.nodes.train import RUNS, FlexIPTrain, FlexIPTrainingStatus
+from flexip_pack.nodes import files, notices, train, training_status
+from flexip_pack.nodes.train import RUNS, FlexIPTrain
+from flexip_pack.nodes.training_status import FlexIPTrainingStatus
 from PIL import Image
 
 INPUTS = {
@@ -109,7 +110,7 @@ def test_the_inputs_become_a_config_and_the_adapters_go_to_models(place):
         "data": str(place.root / "input" / "pets"),
         "size": 64,
     }
-    assert out.args[0] == "mine" and "2 subjects with 5 views" in out.args[1] and out.ui == {"text": (out.args[1],)}
+    assert out.args[0] == "mine" and "2 subjects with 5 views" in out.args[1] and out.ui["text"] == (out.args[1],)
 
 
 def test_settings_win_and_leave_the_rest(place):
@@ -346,6 +347,7 @@ def test_a_run_that_was_stopped_or_wants_more_steps_goes_on(place, cfg):
     put_run(place, cfg, 3)
     execute()
     put_run(place, cfg, 10, finished=True)
+    (place.folder / "state_00000010.safetensors").touch()
     place.adapters.touch()
     execute(steps=20)
     assert [(one.steps, export) for one, export in place.started] == [(10, place.adapters), (20, place.adapters)]
@@ -369,6 +371,117 @@ def test_a_run_that_is_being_trained_is_told_and_other_settings_are_not_smuggled
             execute(batch=5)
 
 
+# --- what is trained already, and what else is being trained
+
+
+def test_adapters_stay_when_the_states_of_a_run_are_gone_and_other_settings_come(place, cfg):
+    """Whoever deletes states to win space, and then tries another rate under the same name, loses nothing."""
+    put_run(place, cfg, 10, finished=True)
+    place.adapters.touch()  # as final.safetensors: the run's own
+    for changes, sentence in (
+        ({"learning_rate": 1e-4}, r"begun with other settings \(optimizer.lr"),
+        ({"steps": 20}, "begun with other settings .*no state to go on from"),
+    ):
+        with pytest.raises(ValueError, match=f"FlexIPTrain: .*{sentence}"):
+            execute(**changes)
+    (place.folder / background.FINAL).unlink()
+    with pytest.raises(ValueError, match="FlexIPTrain: mine.safetensors .* is not of this run"):
+        execute(learning_rate=1e-4)
+    assert not place.started and place.adapters.read_bytes() == b""
+
+
+def test_adapters_of_this_name_that_came_from_elsewhere_stay(place, cfg):
+    put_run(place, cfg, 10, finished=True)
+    place.adapters.write_bytes(b"another's")
+    (place.folder / "state_00000010.safetensors").touch()
+    with pytest.raises(ValueError, match="FlexIPTrain: mine.safetensors .* is not of this run"):
+        execute(steps=20)
+    assert not place.started
+
+
+def test_a_second_run_on_the_device_is_refused_and_one_on_another_device_is_not(place, cfg):
+    put_run(place, cfg, 3)
+    with background.locked(place.folder):
+        with pytest.raises(ValueError, match="FlexIPTrain: The run mine is being trained on cpu.*stop it"):
+            execute(run="other")
+        execute(run="other", settings='device = "cuda:1"')
+    execute(run="other")
+    assert [one.device for one, _ in place.started] == ["cuda:1", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ("steps = 1000000000000000000", "steps must be within 1 and 1e"),
+        ("batch = 1000000000", "batch must be within 1 and 4096"),
+        ("seed = 4294967296", "seed must be within 0 and"),
+        ("keep = 21", "keep must be within 1 and 20"),
+        ("[optimizer]\nlr = 2", "optimizer.lr must be within"),
+        ("[task]\nprobe_cases = 1000", "probe_cases must be a whole number from 0 to 64"),
+        ("[task]\nworkers = 1000", "workers must be a whole number from 1 to 64"),
+        ("[network]\nresampler = { depth = 65 }", "network.resampler.depth must be within 1 and 64"),
+        ("steps = 20000\ncheckpoint_every = 99", "checkpoint_every must be at least 100"),
+        ("steps = 200\nprobe_every = 1", "probe_every must be at least 2"),
+        ('device = "tpu"', "device must be like cuda:0 or cpu"),
+    ],
+)
+def test_settings_take_no_more_than_the_inputs_could(place, settings, sentence):
+    with pytest.raises(ValueError, match=f"FlexIPTrain: .*{sentence}"):
+        execute(settings=settings)
+    assert not place.started and not place.folder.exists()
+
+
+def test_who_starts_a_training_is_told_that_it_goes_on_and_how_to_end_it(place):
+    out = execute()
+    first = out.args[1].split(".\n")[0]
+    [report] = out.ui[notices.REPORT]
+    assert first == notices.WARNING + report["warnings"][0], "a badge and a notice on the page, too"
+    assert "goes on after you close ComfyUI" in first and "Status twice with this run and action stop" in first
+
+
+def test_the_status_names_the_other_runs(place, cfg):
+    put_run(place, cfg, 3)
+    for name in ("another", "busy"):
+        (place.folder.parent / name).mkdir()
+        (place.folder.parent / name / background.CONFIG).write_text(json.dumps(cfg.to_dict()))
+    with background.locked(place.folder.parent / "busy"):
+        report = FlexIPTrainingStatus.execute("mine", "look").args[0]
+    assert report.endswith("Another run: busy, which is being trained.\nAnother run: another.")
+    with pytest.raises(ValueError, match="no training run 'my_adapters' .* Runs there: another, busy, mine."):
+        FlexIPTrainingStatus.execute("my_adapters", "look")
+
+
+def test_previews_are_pngs_of_the_folder_itself_and_of_a_size(place, cfg, monkeypatch):
+    put_run(place, cfg, 3)
+    previews = place.folder / background.PREVIEWS
+    previews.mkdir()
+    secret = place.root / "secret.png"
+    Image.new("RGB", (700, 90), "red").save(secret)
+    (previews / "step_000002.png").symlink_to(secret)
+    assert FlexIPTrainingStatus.execute("mine", "look").args[2].std() == 0, "a link is no preview"
+    bad = previews / "step_000003.png"
+    bad.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    with pytest.raises(ValueError, match="FlexIPTrainingStatus: the preview step_000003.png is no PNG"):
+        FlexIPTrainingStatus.execute("mine", "look")
+    monkeypatch.setattr(training_status, "MOST_PIXELS", 50)
+    Image.new("RGB", (10, 6)).save(bad)
+    with pytest.raises(ValueError, match="step_000003.png has 10 x 6 pixels"):
+        FlexIPTrainingStatus.execute("mine", "look")
+
+
+@pytest.mark.parametrize("name", ["CONFIG", "LOCK", "OUTPUT", "LOG", "PROCESS", "PREVIEWS", "STOP"])
+def test_a_link_in_a_runs_folder_is_not_followed(place, cfg, name):
+    """A lock that is taken empties the file that it is."""
+    put_run(place, cfg, 3)
+    secret, link = place.root / "secret", place.folder / getattr(background, name)
+    secret.write_text("secret")
+    link.unlink(missing_ok=True)
+    link.symlink_to(secret)
+    with pytest.raises(ValueError, match=f"FlexIPTrainingStatus: .*{link.name} is a link"):
+        FlexIPTrainingStatus.execute("mine", "look")
+    assert secret.read_text() == "secret"
+
+
 @pytest.mark.parametrize("node", [FlexIPTrain, FlexIPTrainingStatus])
 def test_queued_again_it_runs_again(node):
     inputs = [i.id for i in node.define_schema().inputs]
@@ -390,7 +503,11 @@ def test_a_run_is_shown_with_losses_and_its_newest_preview(place, cfg):
     out = FlexIPTrainingStatus.execute("mine", "look")
     report, losses, preview = out.args
     assert "failed at step 4 of 10" in report and "CUDA out of memory" in report and "variant 0.5000" in report
-    assert losses.shape == (1, train.PLOT[1], train.PLOT[0], 3) and preview.shape == losses.shape and preview.std() == 0
+    assert (
+        losses.shape == (1, training_status.PLOT[1], training_status.PLOT[0], 3)
+        and preview.shape == losses.shape
+        and preview.std() == 0
+    )
     assert out.ui["text"] == (report,) and len(out.ui["images"]) == 1, "no placeholder on the node"
     previews = place.folder / background.PREVIEWS
     previews.mkdir()
@@ -400,7 +517,7 @@ def test_a_run_is_shown_with_losses_and_its_newest_preview(place, cfg):
         )
     out = FlexIPTrainingStatus.execute(" mine ", "look")
     assert torch.equal(out.args[2], torch.tensor([0.0, 1.0, 0.0]).expand(1, 90, 700, 3))
-    assert sizes_of(out) == [train.PLOT, (700, 90)], "each fills its own picture"
+    assert sizes_of(out) == [training_status.PLOT, (700, 90)], "each fills its own picture"
 
 
 def sizes_of(out) -> list[tuple[int, int]]:
@@ -416,14 +533,30 @@ def test_the_nodes_show_their_reports_on_themselves(place):
         ((looked := FlexIPTrainingStatus.execute("mine", "look")), looked.args[0]),
     ):
         [report] = out.ui[notices.REPORT]
-        assert text.startswith(report["line"]) and report["details"] and out.ui["text"] == (text,)
+        assert report["line"] in text and report["details"] and out.ui["text"] == (text,)
 
 
 def test_stopping_asks_and_says_what_comes(place, cfg):
     put_run(place, cfg, 3)
     with background.locked(place.folder):
+        assert "queue this node once more" in FlexIPTrainingStatus.execute("mine", "stop").args[0]
         report = FlexIPTrainingStatus.execute("mine", "stop").args[0]
     assert "running at step 3" in report and "asked to stop" in report
+    assert (place.folder / background.STOP).exists()
+
+
+def test_a_workflow_from_elsewhere_that_holds_stop_stops_nothing(place, cfg, monkeypatch):
+    """However often its one prompt asks: only a second prompt in a row is somebody's wish."""
+    put_run(place, cfg, 3)
+    prompts = iter(["one", "one", "two", "three", "four"])
+    monkeypatch.setattr(training_status, "_prompt_id", lambda: next(prompts))
+    with background.locked(place.folder):
+        for action in ("stop", "stop", "look", "stop"):  # a look between them takes the first back
+            report = FlexIPTrainingStatus.execute("mine", action).args[0]
+            assert ("WARNING: to stop mine, queue this node once more" in report) == (action == "stop")
+            prompts = prompts if action == "stop" else iter(["three", "four"])
+        assert not (place.folder / background.STOP).exists()
+        FlexIPTrainingStatus.execute("mine", "stop")
     assert (place.folder / background.STOP).exists()
 
 
@@ -433,8 +566,8 @@ def colours(picture: torch.Tensor) -> set[tuple[int, ...]]:
 
 def test_the_plot_has_a_line_per_kind_that_was_seen():
     both = tuple(line(step, None if step == 2 else 0.1 * step) for step in range(1, 6))
-    assert {BLUE, ORANGE} <= colours(train.loss_plot(both))
+    assert {BLUE, ORANGE} <= colours(training_status.loss_plot(both))
     one = tuple(line(step, None) for step in range(1, 6))
-    assert BLUE in colours(train.loss_plot(one)) and ORANGE not in colours(train.loss_plot(one))
-    assert not {BLUE, ORANGE} & colours(train.loss_plot(())), "nothing logged yet"
-    assert train.loss_plot(both[:1]).shape == train.loss_plot(()).shape
+    assert BLUE in colours(training_status.loss_plot(one)) and ORANGE not in colours(training_status.loss_plot(one))
+    assert not {BLUE, ORANGE} & colours(training_status.loss_plot(())), "nothing logged yet"
+    assert training_status.loss_plot(both[:1]).shape == training_status.loss_plot(()).shape

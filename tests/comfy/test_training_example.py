@@ -24,7 +24,8 @@ from flexip_pack.nodes import files
 from flexip_pack.nodes.apply import ApplyFlexIPGate
 from flexip_pack.nodes.encode import EncodeReference
 from flexip_pack.nodes.load import LoadFlexIPAdapters
-from flexip_pack.nodes.train import RUNS, FlexIPTrain, FlexIPTrainingStatus
+from flexip_pack.nodes.train import RUNS, FlexIPTrain
+from flexip_pack.nodes.training_status import FlexIPTrainingStatus
 from PIL import Image
 from safetensors.torch import load_file
 
