@@ -9,6 +9,7 @@ from typing import Any
 import folder_paths
 from comfy_api.v0_0_2 import io, ui
 
+from ..flexip_core.files.folders import any_system
 from ..flexip_core.files.names import is_device
 from ..flexip_core.files.reference_file import SUFFIX, load_reference, save_reference
 from ..flexip_core.run.reference import Reference
@@ -180,7 +181,8 @@ def _files_in(folder: str) -> list[str]:
         for file in found
         if file.endswith(SUFFIX)
     ]
-    return sorted(_shown(os.path.relpath(path, folder)) for path in paths if is_within_directory(folder, path))
+    names = (_shown(os.path.relpath(path, folder)) for path in paths if is_within_directory(folder, path))
+    return sorted(name for name in names if not any_system(name))
 
 
 def _shown(path: str) -> str:

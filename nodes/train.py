@@ -17,6 +17,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.v0_0_2 import io
 
+from ..flexip_core.files.folders import is_system
 from ..flexip_core.files.names import is_device
 from ..flexip_core.files.stored import first_parts
 from ..flexip_core.network.config import GATE_MODES
@@ -248,7 +249,8 @@ def data_names() -> list[str]:
     root = folder_paths.get_input_directory()
     if not os.path.isdir(root):
         return []
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and _has_data(entry.path))
+    folders = (entry for entry in os.scandir(root) if entry.is_dir() and not is_system(entry.name))
+    return sorted(entry.name for entry in folders if _has_data(entry.path))
 
 
 def data_path(name: str) -> str:

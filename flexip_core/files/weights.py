@@ -245,6 +245,10 @@ def is_safetensors(path: Path) -> bool:
         with path.open("rb") as file:
             start = file.read(256)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise _bad(
+                path, "is a link that leads nowhere; bring back what it points at, or download it again"
+            ) from None
         raise _bad(path, "does not exist; check the name or download the file") from None
     except OSError as error:
         raise _bad(path, f"cannot be read ({error.strerror}); check the file and its permissions") from None

@@ -23,7 +23,7 @@ from ..files.folders import masks
 from ..files.parse import parse_toml
 from .data import KINDS
 from .pictures import CLIPS, PICTURES, clip_length
-from .shard_store import ShardStore
+from .shard_store import ShardStore, shards_in
 from .stores import CAPTIONS, CLASS, SETTINGS, FolderStore, Store
 
 PARTS = ("train", "val")
@@ -110,7 +110,7 @@ def _head(store: Store, name: str) -> bytes:
 
 def open_store(data: str | os.PathLike) -> Store:
     """A plain folder, or a folder of shards."""
-    if next(Path(data).glob("*.tar"), None) is not None:
+    if shards_in(Path(data)):
         return ShardStore(data)
     return FolderStore(data)
 

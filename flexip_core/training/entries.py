@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from ..files.folders import is_system
 from ..files.parse import read_json
 from ..files.weights import read_header, sha256, write_atomically
 from .choice import Choice, load
@@ -92,7 +93,7 @@ class Entries:
         self._new: dict[str, torch.Tensor] = {}
         self._pending = 0  # bytes of them
         self._lock = threading.Lock()
-        for shard in sorted(self.folder.glob("*.safetensors")):
+        for shard in self._shards():
             try:
                 names = read_header(shard).shapes
             except ValueError:
@@ -137,7 +138,10 @@ class Entries:
             self._new, self._pending = {}, 0
 
     def bytes(self) -> int:
-        return sum(shard.stat().st_size for shard in self.folder.glob("*.safetensors"))
+        return sum(shard.stat().st_size for shard in self._shards())
+
+    def _shards(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("*.safetensors") if not is_system(path.name))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from ..files.parse import parse_json, read_json
 from ..files.weights import write_atomically
 from ..pictures.opened import TooLarge, open_picture
 from .pictures import CLIPS, PICTURES
-from .stores import CAPTIONS, CLASS, MASK, UNSAFE, safe_name
+from .stores import CAPTIONS, CLASS, UNSAFE, safe_name
 
 MANIFEST = "import.json"
 WAYS = ("copy", "link")
@@ -172,11 +172,12 @@ def _by_template(root: Path, template: str, views: int | None) -> Iterator[Item]
     names = _class_names(root)
     depth = template.count("/")
     subjects: dict[tuple[str, str], list[Path]] = {}
-    for path in _files(root, depth):
-        found = pattern.fullmatch(path.relative_to(root).as_posix())
-        if found and path.suffix.lower() in PICTURES:
+    beside: dict[Path, Path | None] = {}
+    for path, mask in _with_masks(_files(root, depth), PICTURES):
+        if found := pattern.fullmatch(path.relative_to(root).as_posix()):
             groups = found.groupdict()
             subjects.setdefault((groups.get("class") or "", groups["subject"]), []).append(path)
+            beside[path] = mask
     for (label, subject), paths in subjects.items():
         if views is not None and len(paths) > views:
             paths = [paths[round(i * (len(paths) - 1) / (views - 1))] for i in range(views)]
@@ -186,9 +187,9 @@ def _by_template(root: Path, template: str, views: int | None) -> Iterator[Item]
             yield Item(f"{folder}/{CLASS}", content=word.encode())
         for path in paths:
             yield Item(f"{folder}/{path.name}", path)
-            mask = _mask_of(path)
+            mask = _mask_of(path) or beside[path]
             if mask is not None:
-                yield Item(f"{folder}/{path.stem}{MASK}", mask)
+                yield Item(f"{folder}/{path.stem}.mask{mask.suffix}", mask)
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -206,12 +207,33 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def _mask_of(path: Path) -> Path | None:
-    for folder in ("masks", "mask"):
-        for name in (f"{path.stem}.png", f"{path.name}.png"):
+    """CO3D's and MVImgNet's: in a folder of their own beside the pictures' folder, under the picture's name or that and .png."""
+    for folder in ("masks", "mask", "Masks", "Mask"):
+        for name in (f"{path.stem}.png", f"{path.name}.png", path.name):
             candidate = path.parent.parent / folder / name
             if candidate.is_file():
                 return candidate
     return None
+
+
+def _with_masks(paths: Iterable[Path], endings: tuple[str, ...]) -> Iterator[tuple[Path, Path | None]]:
+    """Of these files the pictures and clips (`endings`), each with the mask beside it; masks of unsure meaning are left out and said."""
+    by_folder: dict[Path, list[Path]] = {}
+    for path in paths:
+        by_folder.setdefault(path.parent, []).append(path)
+    for folder, files in by_folder.items():
+        found = masks([path.name for path in files], PICTURES, CLIPS)
+        for path in files:
+            if path.suffix.lower() in endings and path.name not in found:
+                yield path, folder / found.of[path.name] if path.name in found.of else None
+        if found.left_out:
+            logging.warning(
+                "Import: %d masks in %s are left out, because white may mean the ground in them: %s. Rename them to NAME.mask.png "
+                "where white is the subject.",
+                len(found.left_out),
+                folder,
+                ", ".join(found.left_out[:3]),
+            )
 
 
 def _class_names(root: Path) -> dict[str, str]:
@@ -236,9 +258,10 @@ def _dreambench(source: Path) -> Iterator[Item]:
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not is_system(path.name)):
         if folder.name in classes:
             yield Item(f"variant/{folder.name}/{CLASS}", content=classes[folder.name].strip().encode())
-        for path in _files(folder, 0):
-            if path.suffix.lower() in PICTURES:
-                yield Item(f"variant/{folder.name}/{path.name}", path)
+        for path, mask in _with_masks(_files(folder, 0), PICTURES):
+            yield Item(f"variant/{folder.name}/{path.name}", path)
+            if mask is not None:
+                yield Item(f"variant/{folder.name}/{path.stem}.mask{mask.suffix}", mask)
 
 
 def _ip_adapter(source: Path, root: Path) -> Iterator[Item]:
@@ -272,28 +295,15 @@ def _captioned(root: Path, kind: str, loose: bool) -> Iterator[Item]:
     for folder in [root, *folders] if loose else folders:
         prefix = kind if folder == root else f"{kind}/{folder.name}"
         files = list(_files(folder, 0))
-        found = masks([path.name for path in files], PICTURES, CLIPS)
-        by_name = {path.name: path for path in files}
         texts = {(path.stem, path.suffix.lower()): path for path in files}
-        for path in files:
-            if path.suffix.lower() not in (*PICTURES, *CLIPS) or path.name in found:
-                continue
+        for path, mask in _with_masks(files, (*PICTURES, *CLIPS)):
             yield Item(f"{prefix}/{path.name}", path)
-            if path.name in found.of:
-                mask = by_name[found.of[path.name]]
+            if mask is not None:
                 yield Item(f"{prefix}/{path.stem}.mask{mask.suffix}", mask)
             for ending in CAPTIONS:
                 if (path.stem, ending) in texts:
                     yield Item(f"{prefix}/{path.stem}.txt", content=texts[path.stem, ending].read_bytes())
                     break
-        if found.left_out:
-            logging.warning(
-                "Import: %d masks in %s are left out, because white may mean the ground in them: %s. Rename them to NAME.mask.png "
-                "where white is the subject.",
-                len(found.left_out),
-                folder,
-                ", ".join(found.left_out[:3]),
-            )
 
 
 def _files(folder: Path, depth: int) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from ..files.folders import is_system
 from ..files.parse import parse_json, read_json
 from .pictures import CLIPS, PICTURES
 from .stores import CLASS, SETTINGS, UNSAFE, safe_name
@@ -21,6 +22,10 @@ class Refused(ValueError):
     """A whole sentence already."""
 
 
+def shards_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not is_system(path.name))
+
+
 class ShardStore:
     """The files inside the shards of a folder, under their names in the plain layout.
 
@@ -31,7 +36,7 @@ class ShardStore:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.label = str(folder)
-        shards = sorted(self.folder.glob("*.tar"))
+        shards = shards_in(self.folder)
         if not shards:
             raise ValueError(f"Shards: {folder} holds no .tar files; give a folder that `pack` has filled.")
         if (self.folder / MANIFEST).exists():
@@ -156,7 +161,7 @@ def _guessed(key: str, sample: Iterable[str]) -> dict[str, str]:
     for part in sample:
         stem, dot, _ = part.rpartition(".")
         first = part.split(".")[0]
-        if part.endswith(("mask.png", "txt", *(extension[1:] for extension in (*PICTURES, *CLIPS)))):
+        if part.lower().endswith(("mask.png", "txt", "caption", *(extension[1:] for extension in (*PICTURES, *CLIPS)))):
             if first.isdigit() and dot:
                 names[part] = f"variant/{key}/{part}"
             elif part == CLASS:

@@ -11,7 +11,7 @@ from pathlib import Path
 import public_layouts as public
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from flexip_core.untrained import mini
 
@@ -149,6 +149,27 @@ def test_it_runs_as_a_script_from_anywhere(tmp_path):
         text=True,
     )
     assert missing.returncode == 2 and "is not a folder" in missing.stderr
+
+
+def test_a_model_in_parts_has_one_line_and_hidden_files_none(tmp_path: Path) -> None:
+    mini.make_mini_encoders(tmp_path)
+    tensors = load_file(tmp_path / mini.MINI_CLIP_FILE)
+    (tmp_path / mini.MINI_CLIP_FILE).unlink()
+    (tmp_path / mini.MINI_DINO_FILE).unlink()
+    keys = list(tensors)
+    for number, part in enumerate((keys[::2], keys[1::2]), 1):
+        save_file({key: tensors[key] for key in part}, tmp_path / f"m-{number:05}-of-00002.safetensors")
+    (tmp_path / "._m.safetensors").write_bytes(b"x")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "m.safetensors").write_bytes(b"x")
+    (row,) = check_weights.check_folder(tmp_path)
+    assert row.file == "m-00001-of-00002.safetensors" and row.what.startswith("CLIP ")
+    (tmp_path / "m-00002-of-00002.safetensors").unlink()
+    (row,) = check_weights.check_folder(tmp_path)
+    assert row.loads == "NO" and "is part 1 of 2 of a model" in row.what
+    if sys.platform != "win32":
+        (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+        assert any(row.file == "gone.safetensors" and row.loads == "NO" for row in check_weights.check_folder(tmp_path))
 
 
 def test_files_of_other_programs_are_no_fault_but_cut_off_ones_are(tmp_path: Path) -> None:

@@ -102,6 +102,32 @@ def test_an_import_takes_them_along_or_says_so(tmp_path, caplog):
     assert [scan(tmp_path / "out").caption(view) for view in views.values()][:2] == ["a mug", "a cup"]
 
 
+def test_every_import_of_pictures_knows_masks(tmp_path):
+    shown = {"0.png": folders.noise(0), "1.png": folders.noise(1)}
+    masked = {"0-masklabel.jpg": folders.box_mask(BOXES[0]), "1_mask.png": folders.box_mask(BOXES[1]), "._0.png": b"x"}
+    bench = {f"dataset/dog/{name}": content for name, content in (shown | masked).items()}
+    bench["dataset/prompts_and_classes.txt"] = "subject_name,class\ndog,dog\n\nObject Prompts"
+    by_class = {f"cup/one/images/{name}": content for name, content in (shown | masked).items()}
+    by_class["cup/one/Masks/1.png"] = folders.box_mask(BOXES[2])
+    for kind, files, subject, second in (("dreambench", bench, "dog", False), ("co3d", by_class, "cup__one", True)):
+        assert import_data(kind, folders.put(tmp_path / kind, files), tmp_path / f"{kind} out") == 2
+        views = [view for _, view in scan(tmp_path / f"{kind} out").views()]
+        place = f"variant/{subject}/"
+        assert [view.file for view in views] == [f"{place}0.png", f"{place}1.png"]
+        assert [view.mask for view in views] == [f"{place}0.mask.jpg", f"{place}1.mask.png" if second else None]
+
+
+def test_a_hidden_shard_does_not_make_a_folder_shards(tmp_path):
+    root = folders.small_set(tmp_path / "data")
+    (root / "._x.tar").write_bytes(b"x")
+    assert command.main(["pack", str(root), str(tmp_path / "shards")]) == 0
+    (tmp_path / "shards/._invariant-000000.tar").write_bytes(b"x")
+    names = [
+        sorted(view.caption is not None for _, view in scan(folder).views()) for folder in (root, tmp_path / "shards")
+    ]
+    assert names[0] == names[1]
+
+
 @pytest.mark.parametrize("name", ["a.caption", "a.TXT", "a.Caption"])
 def test_captions_of_other_tools_are_read(tmp_path, name):
     files = {"variant/m/a.png": folders.noise(1), f"variant/m/{name}": "a mug", "variant/m/b.png": folders.noise(2)}
