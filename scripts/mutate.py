@@ -79,7 +79,7 @@ MUTATIONS = (
         "torch.tensor(factors, dtype=t.dtype,",
         ORACLE,
     ),
-    Mutation("gates of a kept layout are stale", RUN, "if layout.gates != gates:", "if not layout.gates:", PARTS),
+    Mutation("gates of a kept layout are stale", RUN, "if layout.gates != gates:", "if not layout.gates:", ORACLE),
     Mutation(
         "the first row's mask for all rows",
         LAYOUT,
@@ -120,13 +120,6 @@ MUTATIONS = (
         "flexip_core/run/reference.py",
         'return weights[latent % len(weights)] if mode == "one per batch item" else 1.0',
         "return 1.0",
-        ORACLE,
-    ),
-    Mutation(
-        "a further softmax of one prompt acts in rows whose prompt has none",
-        LAYOUT,
-        "self.strengths[branch] if branch < len(self.strengths) else 0.0",
-        "self.strengths[min(branch, len(self.strengths) - 1)]",
         ORACLE,
     ),
     Mutation(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from small_run import CPU, HEADS, LEVELS, NETWORKS, WIDTH, mask, randn, reference
 
@@ -224,12 +224,20 @@ ROWS = st.one_of(
 )
 
 
+WHOLE = [(0, 0), (1, 4), (2, 5)]
+NO_OWNS = [(None, None)] * 3
+
+
 @given(
     st.lists(LINKS, min_size=1, max_size=2),
     st.lists(st.tuples(OWNS, OWNS), min_size=3, max_size=3),
     st.lists(st.tuples(ROWS, st.sampled_from(VIEWS), st.sampled_from(SIGMAS)), min_size=1, max_size=2),
     st.booleans(),
 )
+@example([Told(SETS[0], 0, 1.0, windowed=True)], NO_OWNS, [(WHOLE, VIEWS[0], sigma) for sigma in SIGMAS], False)
+@example([Told(SETS[0], 2, 1.0)], NO_OWNS, [(WHOLE, VIEWS[0], sigma) for sigma in (1.0, 0.5, 1.0)], False)
+@example([Told(SETS[2], 1, 1.0, "tokens")], NO_OWNS, [(WHOLE, VIEWS[1], 1.0)], True)
+@example([Told(SETS[0], 0, 1.0)], [(Told(SETS[5], 0, 2), None), *NO_OWNS[1:]], [(WHOLE, VIEWS[0], 1.0)], False)
 def test_each_row_of_a_call_gets_what_the_formulas_say(links, owns, calls, untagged):
     owns = [dict(enumerate(own[: len(links)])) for own in owns]
     run = started(links, owns)
