@@ -11,13 +11,11 @@ from pathlib import Path
 
 from ..files.weights import sha256
 
-# size in bytes -> sha256. Each stands in at least two independent public places: the download lists of SwarmUI
-# (WorkflowGenerator.cs: H and bigG) and of nixpkgs' relatives for ComfyUI (fetchResource: bigG and L, by their addresses), the
-# file manifests of h94/IP-Adapter at revision 018e402 (H and bigG) and of openai/clip-vit-large-patch14 at 32bd642 (L).
+# size in bytes -> sha256. Sources of both: SwarmUI's downloads (RequireVisionModel in its workflow generator), and lists of files that
+# others took from h94/IP-Adapter at revision 018e402774aeeddd60609b4ecdb7e298259dc729, with these sizes.
 _FILES = {
     2_528_373_448: "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030",  # h94/IP-Adapter, models/image_encoder
     3_689_912_664: "657723e09f46a7c3957df651601029f66b1748afb12b419816330f16ed45d64d",  # h94/IP-Adapter, sdxl_models/image_encoder
-    1_710_540_580: "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",  # openai/clip-vit-large-patch14
 }
 
 
