@@ -250,7 +250,7 @@ def test_the_training_nodes_end_in_the_adapters_of_the_commands(comfyui):
     with pytest.raises(ValueError, match="FlexIPTrain: .*is being trained already"):
         train(comfyui, batch=4)
     wait_for(lambda: background.status(folder).step >= 1 or not background.is_running(folder))
-    assert "asked to stop" in look("stop")[0]
+    assert "queue this node once more" in look("stop")[0] and "asked to stop" in look("stop")[0]
     wait_for(lambda: not background.is_running(folder))
     report = look()[0]
     assert ": stopped at" in report and not adapters.exists(), report

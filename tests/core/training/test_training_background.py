@@ -54,7 +54,7 @@ def ended(folder):
 @pytest.mark.long  # tests/comfy/test_training_example.py does the same through the nodes
 def test_a_run_is_stopped_and_gone_on_with_to_the_same_weights(tmp_path):
     """One process is stopped by request, the next goes on; the adapters equal those of a run that nobody stopped."""
-    whole = config(tmp_path / "whole", steps=40)
+    whole = config(tmp_path / "elsewhere" / "whole", steps=40)  # beside each other one would have to wait for the other
     start(whole, tmp_path / "models" / "whole.safetensors")
     cfg = config(tmp_path / "stopped", steps=40)
     start(cfg, tmp_path / "models" / "stopped.safetensors")
@@ -62,6 +62,8 @@ def test_a_run_is_stopped_and_gone_on_with_to_the_same_weights(tmp_path):
     assert background.status(folder).state in ("starting", "running")
     with pytest.raises(ValueError, match="trained already"):
         start(cfg)
+    with pytest.raises(ValueError, match="The run stopped is being trained on cpu"):
+        start(config(tmp_path / "another"))
     with pytest.raises(TrainingError, match="Another process is training"), background.locked(wait_for_lock(folder)):
         pass
     wait_for(lambda: background.status(folder).step >= 2)
@@ -72,7 +74,7 @@ def test_a_run_is_stopped_and_gone_on_with_to_the_same_weights(tmp_path):
     start(cfg, tmp_path / "models" / "stopped.safetensors")
     done = ended(folder)
     assert done.state == "finished" and done.step == 40 and [line["step"] for line in done.losses] == list(range(1, 41))
-    assert ended(tmp_path / "whole").state == "finished"
+    assert ended(tmp_path / "elsewhere" / "whole").state == "finished"
     one, other = (read_tensors(tmp_path / "models" / f"{name}.safetensors") for name in ("whole", "stopped"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
