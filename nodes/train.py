@@ -103,7 +103,7 @@ class FlexIPTrain(io.ComfyNode):
                     max=LIMITS["optimizer.lr"][1],
                     step=1e-6,
                     round=1e-8,
-                    tooltip="1e-4 from scratch; lower to go on from trained adapters.",
+                    tooltip="1e-4 from scratch; lower, such as 2e-5, where pictures break up.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -140,7 +140,7 @@ class FlexIPTrain(io.ComfyNode):
                     multiline=True,
                     optional=True,
                     advanced=True,
-                    tooltip="More settings as TOML, such as mix = 0.3 or [dropout] phrase = 0.2; they win over the inputs above. All are in the README.",
+                    tooltip="More settings as TOML, such as mix = 0.3 or [dropout] phrase = 0.2; they win over the inputs above. All are in docs/training.md.",
                 ),
             ],
             outputs=[

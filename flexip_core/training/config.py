@@ -32,10 +32,14 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """γ by kind of data, drawn evenly from a range for every row; a range of one number is no jitter."""
+    """γ by kind of data, drawn evenly from a range for every row; a range of one number is no jitter.
 
-    invariant: Range = (0.8, 0.8)
-    variant: Range = (0.2, 0.2)
+    The default is the small world's recipe: every gate from 0 to 1 is trained (docs/small_world.md). The paper says only that the
+    gate is high for invariant and low for variant data.
+    """
+
+    invariant: Range = (0.5, 1.0)
+    variant: Range = (0.0, 0.5)
 
     def __post_init__(self) -> None:
         for name, (low, high) in (("invariant", self.invariant), ("variant", self.variant)):
@@ -52,7 +56,7 @@ class DropoutConfig:
     image: float = 0.05
     text: float = 0.05
     both: float = 0.05
-    phrase: float = 0.0  # any phrase
+    phrase: float = 0.3  # any phrase
     phrases: dict[str, float] = field(default_factory=dict)  # by what the phrase is about, instead of `phrase`
 
     def __post_init__(self) -> None:

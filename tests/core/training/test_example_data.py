@@ -1,4 +1,4 @@
-"""The example that the README works through: its photographs, and its config for real training."""
+"""The example that docs/training.md works through: its photographs, and its config for real training."""
 
 from __future__ import annotations
 

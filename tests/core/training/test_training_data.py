@@ -104,7 +104,7 @@ def test_phrases_of_texts_are_dropped_too():
     assert {c for c in got[::2]} == {("a dog", "in snow"), ("a dog",), ("in snow",), ()}
     kept = sum(map(len, got)) / sum(map(len, captions))
     assert abs(kept - 0.7) < 0.02
-    assert drop_phrases(captions, (), DropoutConfig(), fakes.generator(0)) == captions
+    assert drop_phrases(captions, (), DropoutConfig(phrase=0), fakes.generator(0)) == captions
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from flexip_core.training.loop import (
     generator,
 )
 
-NOTHING_DROPPED = DropoutConfig(image=0, text=0, both=0)
+NOTHING_DROPPED = DropoutConfig(image=0, text=0, both=0, phrase=0)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,16 @@ def test_gates_come_from_the_range_of_their_kind():
         assert abs(drawn.mean() - (low + high) / 2) < 0.01
 
 
+def test_the_default_recipe_trains_every_gate_and_drops_phrases(tmp_path):
+    cfg = fakes.config(tmp_path)
+    kinds = draw_kinds(32000, cfg.mix, fakes.generator(0))
+    gates = torch.tensor(draw_gates(kinds, cfg.gates, fakes.generator(1)), dtype=torch.float64)
+    rows = torch.histc(gates, 100, 0, 1)
+    assert len(gates) == 32000 == rows.sum() and rows.min() > 200  # 320 are expected in each hundredth
+    assert gates[kinds == INVARIANT].min() >= 0.5 >= gates[kinds == VARIANT].max()
+    assert cfg.dropout.phrase == 0.3
+
+
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
 def test_the_mix_is_the_share_of_variant_rows(mix):
     kinds = draw_kinds(20000, mix, fakes.generator(0))
@@ -119,7 +129,7 @@ def test_a_run_depends_on_the_seed_and_on_no_other_randomness(trainer_for):
 
 def test_dropped_references_are_zero_features_and_dropped_texts_the_empty_text(trainer_for, base):
     n = 64
-    trainer = trainer_for(batch=n, dropout=DropoutConfig(image=0.2, text=0.2, both=0.2))
+    trainer = trainer_for(batch=n, dropout=DropoutConfig(image=0.2, text=0.2, both=0.2, phrase=0))
     batch = batch_for(trainer, torch.full((n,), VARIANT))
     text, features = trainer.conditions(batch)
     full = base.features(batch.references)

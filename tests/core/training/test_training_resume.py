@@ -238,7 +238,7 @@ def test_descriptions_that_do_not_fit_are_refused(base, tmp_path, edit, message)
         (dict(seed=4), "seed = 3, the config now says 4"),
         (
             dict(gates=GateConfig((0.9, 0.9), (0.2, 0.2))),
-            r"gates.invariant = \[0.8, 0.8\], the config now says \[0.9, 0.9\]",
+            r"gates.invariant = \[0.5, 1.0\], the config now says \[0.9, 0.9\]",
         ),
         (dict(optimizer=OptimizerConfig(lr=1e-3, warmup=2)), "optimizer.lr = 0.01, the config now says 0.001"),
     ],

@@ -399,12 +399,12 @@ def test_five_lines_in_a_diffusers_pipeline_draw_what_the_trainer_draws(each, tm
     pipe, noise = tiny_base.pipeline(base, folder), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     settings = dict(num_inference_steps=1, guidance_scale=7.0, latents=noise, height=64, width=64, output_type="pt")
 
-    # README: begin
+    # docs/training.md: begin
     network = load_checkpoint(tmp_path / "flexip.safetensors")
     features = encode_references(network, [picture], names["clip_vision"], names["dino"])
     text, no_text, *pooled = pipe.encode_prompt("a dog, on a beach", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt="")  # fmt: skip
     with gated(pipe.unet, guided(network, features, text, no_text, gates=(0.7,))):
-        # README: end
+        # docs/training.md: end
         more = dict(zip(("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), pooled))
         got = pipe(prompt_embeds=text, negative_prompt_embeds=no_text, **more, **settings).images
 
