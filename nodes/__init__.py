@@ -18,6 +18,7 @@ from .reference_files import FlexIPLoadReference, FlexIPSaveReference
 from .sampler import FlexIPSampler
 from .schedule import FlexIPGateBatch, FlexIPGateSchedule
 from .score import FlexIPScore
+from .start import FlexIPStart
 from .train import FlexIPTrain
 from .training_status import FlexIPTrainingStatus
 
@@ -27,6 +28,7 @@ files.register_folders()
 class FlexIPExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
+            FlexIPStart,
             LoadFlexIPAdapters,
             EncodeReference,
             ApplyFlexIPGate,

@@ -18,7 +18,7 @@ from . import notices, runtime
 from .checks import check_numbers
 from .errors import named
 from .load import LoadedAdapters
-from .types import CATEGORY, FlexIPAdapters, FlexIPBlockStrengths, FlexIPGate, FlexIPReference
+from .types import START_MENU, FlexIPAdapters, FlexIPBlockStrengths, FlexIPGate, FlexIPReference
 
 NODE = "ApplyFlexIPGate"
 
@@ -29,12 +29,26 @@ class ApplyFlexIPGate(io.ComfyNode):
         return io.Schema(
             node_id=NODE,
             display_name="Apply FlexIP Gate",
-            category=CATEGORY,
+            category=START_MENU,
             description="One gate between 'keep this subject' (1) and 'follow my prompt' (0). Works with every sampler; several can be chained.",
-            search_aliases=["ip-adapter", "ipadapter apply", "reference image", "identity", "subject", "gate"],
+            search_aliases=[
+                "ip-adapter",
+                "ipadapter apply",
+                "reference image",
+                "identity",
+                "subject",
+                "gate",
+                "mask",
+                "attention mask",
+                "weight",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="SD1.5 or SDXL, the base that the adapters were made for."),
-                FlexIPAdapters.Input("adapters", tooltip="From Load FlexIP Adapters."),
+                FlexIPAdapters.Input(
+                    "adapters",
+                    optional=True,
+                    tooltip="From Load FlexIP Adapters. Not needed: a reference carries its own; only one from a file has none.",
+                ),
                 FlexIPReference.Input("reference", tooltip="From Encode Reference."),
                 io.Float.Input(
                     "gate",
@@ -69,7 +83,7 @@ class ApplyFlexIPGate(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     advanced=True,
-                    tooltip="Part of the sampling at which the reference stops to act.",
+                    tooltip="Part of the sampling at which the reference stops acting.",
                 ),
                 FlexIPGate.Input(
                     "gate_schedule",
@@ -101,17 +115,22 @@ class ApplyFlexIPGate(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        adapters: LoadedAdapters,
-        reference: Reference | ReferenceSet,
-        gate: float,
-        strength: float,
-        start_percent: float,
-        end_percent: float,
+        adapters: LoadedAdapters | None = None,
+        reference: Any = None,  # a Reference or ReferenceSet, always: Python wants a default behind an optional one
+        gate: float = 0.6,
+        strength: float = 1.0,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
         gate_schedule: GateCurve | GateBatch | None = None,
         mask: torch.Tensor | None = None,
         gate_mask: torch.Tensor | None = None,
         blocks: BlockStrengths | None = None,
     ) -> io.NodeOutput:
+        adapters = adapters or reference.adapters
+        if adapters is None:
+            raise ValueError(
+                f"{NODE}: the reference came out of a file, without its adapters. Wire Load FlexIP Adapters into adapters."
+            )
         check_base(model, adapters)
         check_reference(adapters, reference)
         check_numbers(NODE, 0, 1, gate=gate, start_percent=start_percent, end_percent=end_percent)
@@ -130,6 +149,7 @@ class ApplyFlexIPGate(io.ComfyNode):
                 start_percent=start_percent,
                 end_percent=end_percent,
                 title=adapters.title,
+                files=adapters.files,
                 node_id=notices.id_of(cls),
                 mask=None if mask is None else as_masks(mask, "The mask"),
                 gate_mask=None if gate_mask is None else as_masks(gate_mask, "The gate mask"),

@@ -18,7 +18,7 @@ from . import files, notices, runtime, scorers
 from .checks import check_finite, check_latent, check_numbers
 from .compat import KEEP_PREVIEW
 from .sampler import decode, sample
-from .types import CATEGORY
+from .types import CONTROL_MENU
 
 NODE = "FlexIPAutoGate"
 SCORE, SHARE = "score", "share of the range"
@@ -31,7 +31,7 @@ class FlexIPAutoGate(io.ComfyNode):
         return io.Schema(
             node_id=NODE,
             display_name="FlexIP Auto Gate",
-            category=CATEGORY,
+            category=CONTROL_MENU,
             description="Keep at least this much identity: finds the smallest gate whose identity score reaches the target, by a few short runs, and shows the curve it found.",
             search_aliases=["auto gate", "identity target", "find gate", "likeness", "auto weight"],
             is_output_node=False,

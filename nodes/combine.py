@@ -9,7 +9,7 @@ from ..flexip_core.pictures.crop import as_masks
 from ..flexip_core.run.reference import COMBINE, Reference, ReferenceSet
 from ..flexip_core.run.schedule import parse_numbers
 from .errors import named
-from .types import CATEGORY, FlexIPReference
+from .types import REFERENCES_MENU, FlexIPReference
 
 NODE = "FlexIPCombineReferences"
 MOST = 50  # sockets; a batch of pictures in one Encode Reference may be longer
@@ -22,7 +22,7 @@ class FlexIPCombineReferences(io.ComfyNode):
         return io.Schema(
             node_id=NODE,
             display_name="FlexIP Combine References",
-            category=CATEGORY,
+            category=REFERENCES_MENU,
             description="Several references for one Apply FlexIP Gate: mixed by weight, one per picture of the batch, or one per region. Also takes a negative reference: what to stay away from.",
             search_aliases=[
                 "combine embeds",
@@ -30,6 +30,9 @@ class FlexIPCombineReferences(io.ComfyNode):
                 "ip-adapter batch",
                 "regional",
                 "negative reference",
+                "negative image",
+                "style",
+                "reference",
             ],
             inputs=[
                 io.Autogrow.Input(

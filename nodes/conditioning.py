@@ -13,7 +13,7 @@ from ..flexip_core.run.chain import Own
 from ..flexip_core.run.reference import Reference, ReferenceSet
 from . import notices
 from .checks import check_numbers
-from .types import CATEGORY, FlexIPGate, FlexIPReference
+from .types import CONTROL_MENU, FlexIPGate, FlexIPReference
 
 NODE = "FlexIPConditioning"
 OWN = "flexip"  # key in the conditioning's dict
@@ -26,9 +26,16 @@ class FlexIPConditioning(io.ComfyNode):
         return io.Schema(
             node_id=NODE,
             display_name="FlexIP Conditioning",
-            category=CATEGORY,
+            category=CONTROL_MENU,
             description="A prompt with its own reference and gate, for regional prompts. The model needs Apply FlexIP Gate; there this prompt's values count instead.",
-            search_aliases=["regional prompt", "conditioning reference", "ip-adapter regional", "prompt gate"],
+            search_aliases=[
+                "regional prompt",
+                "conditioning reference",
+                "ip-adapter regional",
+                "prompt gate",
+                "character",
+                "reference",
+            ],
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The prompt, before or after Set Area and Set Mask."),
                 io.Float.Input(

@@ -29,7 +29,7 @@ from ..flexip_core.mini_world.architecture import (
 from ..flexip_core.mini_world.encoders import ENLARGED, enlarge, shrink
 from ..flexip_core.mini_world.text import TextEncoder
 from .load import LoadedAdapters
-from .types import CATEGORY, FlexIPAdapters
+from .types import START_MENU, FlexIPAdapters
 
 NODE = "FlexIPDemoModels"
 WEIGHTS = files.WEIGHTS  # tests put another folder here
@@ -41,7 +41,7 @@ class FlexIPDemoModels(io.ComfyNode):
         return io.Schema(
             node_id=NODE,
             display_name="FlexIP Demo Models",
-            category=CATEGORY,
+            category=START_MENU,
             description="A small trained world that comes with the pack: no file to download, seconds on a CPU. Shows what the gate does. Latents of 64 x 64 px; it knows only discs, squares, triangles and crosses on six grounds.",
             search_aliases=["demo", "mini world", "example models", "tiny model"],
             is_experimental=True,

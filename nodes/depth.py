@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 from ..flexip_core.network.blocks import block_levels
 from ..flexip_core.run import depth
 from . import notices
-from .types import CATEGORY, FlexIPBlockStrengths
+from .types import CONTROL_MENU, FlexIPBlockStrengths
 
 EXAMPLE = "input.4=0.5, output=1, middle=0, all=0.2"
 
@@ -20,7 +20,7 @@ class FlexIPBlocks(io.ComfyNode):
         return io.Schema(
             node_id=depth.NODE,
             display_name="FlexIP Blocks",
-            category=CATEGORY,
+            category=CONTROL_MENU,
             description="How strongly each of the two adapters acts in each block of the UNet: only the composition, only the style, coarse shapes, fine detail, or block by block.",
             search_aliases=[
                 "block weights",
@@ -29,6 +29,9 @@ class FlexIPBlocks(io.ComfyNode):
                 "composition transfer",
                 "instantstyle",
                 "mad scientist",
+                "style",
+                "composition",
+                "layout",
             ],
             inputs=[
                 _choice("preservation", "keeps the subject"),

@@ -16,7 +16,7 @@ from . import encoders, files
 from .compat import KEEP_PREVIEW
 from .errors import named
 from .load import LoadedAdapters
-from .types import CATEGORY, FlexIPAdapters, FlexIPReference
+from .types import START_MENU, FlexIPAdapters, FlexIPReference
 
 NODE = "EncodeReference"
 
@@ -27,9 +27,17 @@ class EncodeReference(io.ComfyNode):
         return io.Schema(
             node_id=NODE,
             display_name="Encode Reference",
-            category=CATEGORY,
+            category=START_MENU,
             description="Shows the reference picture to the image encoders. Several pictures (a batch or a list, sizes may differ) are one subject seen several times.",
-            search_aliases=["reference image", "clip vision encode", "ip-adapter encode", "identity"],
+            search_aliases=[
+                "reference",
+                "reference image",
+                "clip vision encode",
+                "ip-adapter encode",
+                "identity",
+                "prep image",
+                "mask",
+            ],
             is_input_list=True,
             **KEEP_PREVIEW,
             inputs=[
@@ -100,7 +108,7 @@ class EncodeReference(io.ComfyNode):
             features |= found
             null |= without
             sources += [f"{need.encoder.model} from {source}{note}" for need in alike]
-        reference = Reference(features, null, ", ".join(dict.fromkeys(sources)), needs)
+        reference = Reference(features, null, ", ".join(dict.fromkeys(sources)), needs, loaded)
         return io.NodeOutput(reference, ui=ui.PreviewImage(seen[max(seen)], cls=cls))
 
 

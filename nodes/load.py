@@ -17,7 +17,8 @@ from ..flexip_core.files.weights import read_header
 from ..flexip_core.run.reference import Shared
 from . import encoders, files
 from .errors import named
-from .types import CATEGORY, FlexIPAdapters
+from .found import first_fitting
+from .types import START_MENU, FlexIPAdapters
 
 NODE = "LoadFlexIPAdapters"
 
@@ -31,6 +32,7 @@ class LoadedAdapters(Shared):
     patcher: comfy.model_patcher.ModelPatcher
     encoders: dict[str, str]  # role -> chosen file or "auto"; looked up when an encoder is needed
     towers: dict[str, comfy.model_patcher.ModelPatcher] = field(default_factory=dict)
+    files: tuple[str, ...] = ()  # names of one or two, in the order of the roles
     own: dict[str, str] = field(default_factory=dict)  # role -> path of an encoder that came with the adapters
 
 
@@ -41,14 +43,22 @@ class LoadFlexIPAdapters(io.ComfyNode):
         return io.Schema(
             node_id=NODE,
             display_name="Load FlexIP Adapters",
-            category=CATEGORY,
+            category=START_MENU,
             description="Loads the adapters that carry a reference picture into the image: preservation keeps the subject, personalization follows the prompt.",
-            search_aliases=["ip-adapter", "ipadapter", "reference image", "identity", "subject"],
+            search_aliases=[
+                "ip-adapter",
+                "ipadapter",
+                "unified loader",
+                "ipadapter model loader",
+                "reference image",
+                "identity",
+                "subject",
+            ],
             inputs=[
                 io.Combo.Input(
                     "preservation",
-                    options=adapters,
-                    tooltip="What keeps the subject: a FlexIP file in models/flexip (it holds both adapters), or an IP-Adapter file in models/ipadapter, typically ip-adapter-plus.",
+                    options=[*adapters, files.AUTO],
+                    tooltip="What keeps the subject: a FlexIP file in models/flexip (it holds both adapters), or an IP-Adapter file in models/ipadapter, typically ip-adapter-plus. auto: the first file that fits the model below.",
                 ),
                 io.Combo.Input(
                     "personalization",
@@ -69,6 +79,11 @@ class LoadFlexIPAdapters(io.ComfyNode):
                     default=files.AUTO,
                     advanced=True,
                     tooltip="DINOv2 image encoder in models/clip_vision. auto: the file there that fits, found by its contents.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Only for preservation = auto: the model that the file is to fit.",
                 ),
             ],
             outputs=[
@@ -100,15 +115,20 @@ class LoadFlexIPAdapters(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(
-        cls, preservation: str | None, personalization: str | None, clip_vision: str | None, dino: str | None
+        cls, preservation: str | None, personalization: str | None, clip_vision: str | None, dino: str | None, **_: Any
     ) -> list:
         unset = (files.AUTO, None)  # None: the value comes over a wire
         paths = [files.adapter_path(name, NODE) for name in (preservation, personalization) if name not in unset]
         paths += [files.path_of(files.ENCODER_FOLDER, name, NODE) for name in (clip_vision, dino) if name not in unset]
-        return [os.stat(path).st_mtime_ns for path in paths]
+        looked_through = files.ADAPTER_FOLDERS if preservation == files.AUTO else ()
+        return [os.stat(path).st_mtime_ns for path in paths] + [files.state_of(folder) for folder in looked_through]
 
     @classmethod
-    def execute(cls, preservation: str, personalization: str, clip_vision: str, dino: str) -> io.NodeOutput:
+    def execute(
+        cls, preservation: str, personalization: str, clip_vision: str, dino: str, model: Any = None
+    ) -> io.NodeOutput:
+        if preservation == files.AUTO:
+            preservation = first_fitting(model, NODE)
         second = None if personalization == files.AUTO else personalization
         network = load_network(preservation, second)
         patcher = comfy.model_patcher.CoreModelPatcher(
@@ -122,6 +142,7 @@ class LoadFlexIPAdapters(io.ComfyNode):
                 network=network,
                 patcher=patcher,
                 encoders=choices,
+                files=(preservation,) if second is None else (preservation, second),
             )
         )
 

@@ -22,7 +22,7 @@ from .notices import Report
 from .observe import Recorder, look
 from .sampler import decode
 from .scorers import check_pictures
-from .types import CATEGORY
+from .types import CHECK_MENU
 
 NODE = "FlexIPAttentionMaps"
 ADAPTERS, WORDS, WORDS_ADDED = "adapters", "words", "words (personalization)"
@@ -37,7 +37,7 @@ class FlexIPAttentionMaps(io.ComfyNode):
         return io.Schema(
             node_id=NODE,
             display_name="FlexIP Attention Maps",
-            category=CATEGORY,
+            category=CHECK_MENU,
             description="Where in a finished picture the reference acts: a heat map for detail, semantic and personalization tokens, or for each word of the prompt.",
             is_output_node=True,
             **KEEP_PREVIEW,

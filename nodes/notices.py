@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import re
@@ -30,6 +31,8 @@ class Report:
     line: str
     details: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()  # the adapters' names by role, of an Apply node
+    ends: tuple[str, ...] = ()  # what its gate 0 and 1 are
 
     @classmethod
     def of(cls, text: str) -> Report:
@@ -53,7 +56,7 @@ class Report:
     @property
     def message(self) -> dict[str, Any]:
         """What web/js/report.js draws."""
-        return {"line": self.line, "details": self.details, "warnings": self.warnings, "versions": versions()}
+        return {**dataclasses.asdict(self), "versions": versions()}
 
 
 def publish(
@@ -116,6 +119,7 @@ def _send(event: str, node_id: str | None, message: dict[str, Any]) -> None:
         return
     from server import PromptServer  # absent where ComfyUI is used as a library
 
+    node_id = node_id.partition(".")[0]  # of "5.0.0.3", a node in the graph that node 5 stands for
     server = getattr(PromptServer, "instance", None)
     client = getattr(server, "client_id", None)  # who queued the prompt that runs
     # without a client nobody waits, and the server would tell everybody, whatever their page shows

@@ -16,7 +16,7 @@ from ..flexip_core.run.reference import Reference
 from . import files, notices
 from .compat import is_within_directory
 from .errors import named
-from .types import CATEGORY, FlexIPReference
+from .types import REFERENCES_MENU, FlexIPReference
 
 SAVE = "FlexIPSaveReference"
 LOAD = "FlexIPLoadReference"
@@ -28,7 +28,7 @@ class FlexIPSaveReference(io.ComfyNode):
         return io.Schema(
             node_id=SAVE,
             display_name="Save FlexIP Reference",
-            category=CATEGORY,
+            category=REFERENCES_MENU,
             description="Saves an encoded reference as a file, to use or share a subject without its picture. The file is not anonymous: much of the picture can be reconstructed from it.",
             search_aliases=["save reference", "save embeds", "ip-adapter save", "character", "export reference"],
             inputs=[
@@ -80,7 +80,7 @@ class FlexIPLoadReference(io.ComfyNode):
         return io.Schema(
             node_id=LOAD,
             display_name="Load FlexIP Reference",
-            category=CATEGORY,
+            category=REFERENCES_MENU,
             description="Loads a reference that Save FlexIP Reference wrote. Neither the picture nor the image encoders are needed.",
             search_aliases=["load reference", "load embeds", "ip-adapter load", "character", "import reference"],
             inputs=[

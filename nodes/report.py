@@ -18,6 +18,7 @@ from .slots import hidden_neighbours, lost_blocks
 MOST_NUMBERS = 12  # of a schedule or a batch, written out
 
 
+OFF = "off"
 SILENT = "reference not used: strength is 0"
 
 
@@ -32,7 +33,7 @@ def reports(run: Run, links: tuple[Link, ...], guider: Any, sigmas: torch.Tensor
 
 
 def silent(link: Link) -> Report:
-    return Report(SILENT, (f"adapters: {link.title}",))
+    return Report(SILENT, (f"adapters: {link.title}",), files=link.files, ends=ends(link))
 
 
 def _link(run: LinkRun, guider: Any, steps: list[float], seconds: float) -> Report:
@@ -64,7 +65,13 @@ def _link(run: LinkRun, guider: Any, steps: list[float], seconds: float) -> Repo
         f"K/V: {counters.projected} projected, {counters.from_cache} reused",
         *(f"note: {text}" for text in _notes(run)),
     )
-    return Report(line if acted else "reference not used: see the warning", details, warnings)
+    line = line if acted else "reference not used: see the warning"
+    return Report(line, details, warnings, link.files, ends(link))
+
+
+def ends(link: Link) -> tuple[str, str]:
+    """What gate 0 and gate 1 are, in a word each."""
+    return (OFF, "reference") if len(link.network.adapters) == 1 else ("personalization", "preservation")
 
 
 def _in_short(name: str, values: Collection[float]) -> str:

@@ -22,7 +22,7 @@ from .checks import check_latent, check_numbers
 from .compat import KEEP_PREVIEW, with_channels_of
 from .errors import named
 from .notices import Report
-from .types import CATEGORY
+from .types import START_MENU
 
 NODE = "FlexIPSampler"
 MOST = 64  # pictures of one sweep
@@ -34,7 +34,7 @@ class FlexIPSampler(io.ComfyNode):
         return io.Schema(
             node_id=NODE,
             display_name="FlexIP Sampler",
-            category=CATEGORY,
+            category=START_MENU,
             description="KSampler for a gated model. With a list of gates it samples every gate from the same noise and lays the pictures side by side.",
             **KEEP_PREVIEW,
             search_aliases=["ksampler", "gate sweep", "xy plot", "ip-adapter sampler"],

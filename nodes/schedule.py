@@ -22,7 +22,7 @@ from ..flexip_core.run.schedule import (
 from . import notices
 from .checks import check_numbers
 from .compat import KEEP_PREVIEW, CurveInput
-from .types import CATEGORY, FlexIPGate
+from .types import CONTROL_MENU, FlexIPGate
 
 SCHEDULE = "FlexIPGateSchedule"
 BATCH = "FlexIPGateBatch"
@@ -50,7 +50,7 @@ class FlexIPGateSchedule(io.ComfyNode):
         return io.Schema(
             node_id=SCHEDULE,
             display_name="FlexIP Gate Schedule",
-            category=CATEGORY,
+            category=CONTROL_MENU,
             description="A gate that changes over the sampling, for Apply FlexIP Gate. Layout and identity are decided early, style and detail late. The plot shows the gate at every step.",
             **KEEP_PREVIEW,
             search_aliases=["gate over time", "gate curve", "weight type", "keyframe", "timestep", "schedule"],
@@ -164,7 +164,7 @@ class FlexIPGateBatch(io.ComfyNode):
         return io.Schema(
             node_id=BATCH,
             display_name="FlexIP Gate Batch",
-            category=CATEGORY,
+            category=CONTROL_MENU,
             description="A gate of its own for every picture of a batch, or every frame of a video, for Apply FlexIP Gate.",
             search_aliases=["gate per frame", "batch gate", "keyframe", "video", "animatediff", "frames"],
             inputs=[

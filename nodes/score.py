@@ -18,7 +18,7 @@ from . import files, notices, sampler, scorers
 from .compat import KEEP_PREVIEW
 from .errors import named
 from .load import LoadedAdapters
-from .types import CATEGORY, FlexIPAdapters
+from .types import CHECK_MENU, FlexIPAdapters
 
 NODE = "FlexIPScore"
 
@@ -30,7 +30,7 @@ class FlexIPScore(io.ComfyNode):
         return io.Schema(
             node_id=NODE,
             display_name="FlexIP Score",
-            category=CATEGORY,
+            category=CHECK_MENU,
             description="Scores every picture of a batch: CLIP-I and DINO-I (nearness to the reference), CLIP-T (nearness to the prompt). With the gates of a sweep it plots them over the gate.",
             search_aliases=["clip score", "clip-i", "clip-t", "dino score", "evaluate", "metrics", "similarity"],
             is_output_node=True,

@@ -25,7 +25,7 @@ from . import files, notices
 from .compat import is_within_directory
 from .errors import named
 from .training_limits import LIMITS, refuse_beyond_limits
-from .types import CATEGORY
+from .types import TRAIN_MENU
 
 TRAIN = "FlexIPTrain"
 CACHE = "cache"  # of [task]: what the command `cache` filled
@@ -46,7 +46,7 @@ class FlexIPTrain(io.ComfyNode):
         return io.Schema(
             node_id=TRAIN,
             display_name="Train FlexIP",
-            category=CATEGORY,
+            category=TRAIN_MENU,
             description="Trains FlexIP adapters on your pictures. Checks them, frees the GPU, starts the training in a process of its own and returns: closing the page or ComfyUI does not end it. Queue it again to go on with a run that was stopped. Needs diffusers (pip install diffusers).",
             search_aliases=["train", "training", "fine-tune", "finetune", "adapter training"],
             is_experimental=True,

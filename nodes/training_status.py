@@ -16,7 +16,7 @@ from ..flexip_core.pictures.plots import Series, line_plot
 from . import notices
 from .errors import named
 from .train import run_folder, trainer
-from .types import CATEGORY
+from .types import TRAIN_MENU
 
 STATUS = "FlexIPTrainingStatus"
 PLOT = (560, 320)
@@ -32,7 +32,7 @@ class FlexIPTrainingStatus(io.ComfyNode):
         return io.Schema(
             node_id=STATUS,
             display_name="FlexIP Training Status",
-            category=CATEGORY,
+            category=TRAIN_MENU,
             description="Shows how far a training run is, its losses and its newest preview pictures, says which other runs there are, and stops a run on request. Queue it as often as you like.",
             search_aliases=["training progress", "loss", "stop training", "training preview"],
             is_experimental=True,

@@ -2,7 +2,12 @@
 
 from comfy_api.v0_0_2 import io
 
-CATEGORY = "FlexIP"
+# Categories, as the menu of nodes shows them.
+START_MENU = "FlexIP/start"
+CONTROL_MENU = "FlexIP/control"
+REFERENCES_MENU = "FlexIP/references"
+CHECK_MENU = "FlexIP/check"
+TRAIN_MENU = "FlexIP/train"
 FlexIPAdapters = io.Custom("FLEXIP_ADAPTERS")
 FlexIPReference = io.Custom("FLEXIP_REFERENCE")
 FlexIPGate = io.Custom("FLEXIP_GATE")

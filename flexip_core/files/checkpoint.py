@@ -45,7 +45,7 @@ def load_checkpoint(path: str | os.PathLike, operations: Any = nn) -> FlexIPNetw
     Raises ValueError in one sentence for a file that is not a whole FlexIP checkpoint of this format.
     """
     header = read_header(path)
-    cfg = _checked_config(header)
+    cfg = read_config(header)
     tensors = read_weights(path)
     with torch.device("meta"):
         network = FlexIPNetwork(cfg, operations)
@@ -53,7 +53,8 @@ def load_checkpoint(path: str | os.PathLike, operations: Any = nn) -> FlexIPNetw
     return network.eval().requires_grad_(False)
 
 
-def _checked_config(header: Header) -> FlexIPConfig:
+def read_config(header: Header) -> FlexIPConfig:
+    """What the file says of its network; ValueError in one sentence for anything but a whole FlexIP checkpoint of this format."""
     name, again = name_of(header.path), "Download or export it again."
     version = header.metadata.get(FORMAT_KEY)
     if version is None:

@@ -51,6 +51,7 @@ class Link(Shared):
     start_percent: float = 0.0
     end_percent: float = 1.0
     title: str = ""  # files, for the report
+    files: tuple[str, ...] = ()  # their names by role
     node_id: str | None = None
     mask: torch.Tensor | None = None  # factor of the strength
     gate_mask: torch.Tensor | None = None  # factor of the gate

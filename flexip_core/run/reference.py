@@ -96,6 +96,7 @@ class Reference(Shared):
     null: dict[str, torch.Tensor]
     encoders: str  # in words, for the report
     needs: tuple[FeatureNeed, ...] = ()  # what it was encoded for
+    adapters: Any = None  # those very ones, for whoever applies it; None for one out of a file
     cache: ProjectionCache = field(default_factory=ProjectionCache, repr=False)
 
     @property
@@ -115,6 +116,7 @@ class Reference(Shared):
                 {name: value[i : i + 1] for name, value in self.null.items()},
                 self.encoders,
                 self.needs,
+                self.adapters,
             )
             for i in range(self.count)
         )
@@ -139,6 +141,10 @@ class ReferenceSet(Shared):
     @property
     def needs(self) -> tuple[FeatureNeed, ...]:
         return self.references[0].needs
+
+    @property
+    def adapters(self) -> Any:
+        return next((one.adapters for one in self.references if one.adapters is not None), None)
 
     @property
     def encoders(self) -> str:

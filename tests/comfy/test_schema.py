@@ -19,12 +19,14 @@ from flexip_pack.nodes import compat
 SNAPSHOT = Path(__file__).with_name("schema_snapshot.json")
 FILE_LISTS = {  # what the user's folders hold; of their options only the words of our own are kept
     "LoadFlexIPAdapters": {"preservation", "personalization", "clip_vision", "dino"},
+    "FlexIPStart": {"preservation", "personalization", "clip_vision"},
     "FlexIPScore": {"clip_vision", "dino"},
     "FlexIPAutoGate": {"clip_vision", "dino"},
     "FlexIPLoadReference": {"reference_file"},
     "FlexIPTrain": {"checkpoint", "clip_vision", "dino", "data"},
 }
 CORE_LISTS = {"sampler_name", "scheduler"}  # core's to change
+MENU = {f"FlexIP/{part}" for part in ("start", "control", "references", "check", "train")}
 BREAKS = "this breaks saved workflows"
 
 
@@ -80,12 +82,18 @@ def snapshot(text=None):
     return as_far_as_core_goes(json.loads(SNAPSHOT.read_text() if text is None else text))
 
 
-def with_new_words(node_id, before, after):
-    """A list of the user's files may have got a word of our own, such as auto: what was chosen from it stays."""
-    is_list = before["id"] == after["id"] and before["id"] in FILE_LISTS.get(node_id, ())
-    if is_list and set(before["options"] or ()) < set(after["options"] or ()):
-        return {**before, "options": after["options"]}
-    return before
+def as_allowed(node_id, before, after):
+    """`before` with what may change without breaking a workflow: a required input may become optional, and a list may get
+    further words at its end; a list of the user's files, whose words are between theirs, anywhere."""
+    if before["id"] != after["id"]:
+        return before
+    allowed, old, new = dict(before), before["options"] or [], after["options"] or []
+    if after["optional"]:
+        allowed["optional"] = True
+    is_list = before["id"] in FILE_LISTS.get(node_id, ())
+    if new[: len(old)] == old and (old or is_list) or is_list and set(old) <= set(new):
+        allowed["options"] = after["options"]
+    return allowed
 
 
 def check_compatible(old, new):
@@ -96,7 +104,7 @@ def check_compatible(old, new):
             f"outputs of {node_id} changed: {BREAKS}"
         )
         assert after["list"] == before["list"], f"{node_id} takes lists differently: {BREAKS}"
-        old = [with_new_words(node_id, *pair) for pair in zip(before["inputs"], after["inputs"])]
+        old = [as_allowed(node_id, *pair) for pair in zip(before["inputs"], after["inputs"])]
         old += before["inputs"][len(old) :]
         assert after["inputs"][: len(before["inputs"])] == old, f"inputs of {node_id} changed: {BREAKS}"
         for added in after["inputs"][len(before["inputs"]) :]:
@@ -139,6 +147,13 @@ def test_every_snapshot_that_was_ever_committed_is_still_served():
         lambda s: s["ApplyFlexIPGate"]["inputs"][3].update(default=0.5),
         lambda s: s["FlexIPSampler"]["outputs"].pop(),
         lambda s: s["FlexIPSampler"]["inputs"].append({"id": "new", "optional": False}),
+        lambda s: s["ApplyFlexIPGate"]["inputs"][4].update(id="weight", optional=True),
+        lambda s: s["ApplyFlexIPGate"]["inputs"][1].update(type="MODEL", optional=True),
+        lambda s: s["ApplyFlexIPGate"]["inputs"][7].update(optional=False),
+        lambda s: s["EncodeReference"]["inputs"][2]["options"].insert(0, "new"),
+        lambda s: s["EncodeReference"]["inputs"][2]["options"].insert(2, "new"),
+        lambda s: s["EncodeReference"]["inputs"][2]["options"].reverse(),
+        lambda s: s["EncodeReference"]["inputs"][2].update(options=None),
     ],
 )
 def test_every_breaking_change_is_noticed(change):
@@ -155,6 +170,20 @@ def test_an_optional_input_at_the_end_is_allowed():
     check_compatible(current(), new)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["ApplyFlexIPGate"]["inputs"][2].update(optional=True),
+        lambda s: s["EncodeReference"]["inputs"][2]["options"].append("new"),
+        lambda s: s["LoadFlexIPAdapters"]["inputs"][1]["options"].append("none"),
+    ],
+)
+def test_what_no_workflow_notices_is_allowed(change):
+    new = current()
+    change(new)
+    check_compatible(current(), new)
+
+
 def test_inputs_match_the_parameters_of_execute():
     for node in node_classes():
         parameters = list(inspect.signature(node.execute).parameters)
@@ -167,7 +196,7 @@ def test_every_socket_has_a_tooltip_and_every_node_a_help_page():
     docs = Path(flexip_pack.__file__).parent / "web" / "docs"
     for node in node_classes():
         schema = node.define_schema()
-        assert schema.description and schema.category == "FlexIP" and schema.search_aliases
+        assert schema.description and schema.category in MENU and schema.search_aliases
         for socket in (*schema.inputs, *schema.outputs):
             assert socket.tooltip, f"{schema.node_id}.{socket.id}"
         page = (docs / f"{schema.node_id}.md").read_text()

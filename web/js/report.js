@@ -3,10 +3,12 @@
 // and no size that depends on it, goes into the workflow. Words of the server are set as text, never as markup.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { GATED, allNodes, kindOf } from "./graph.js";
 import { word } from "./words.js";
 
 const KEY = "flexip_report";
 const HEIGHT = 56; // of the widget, with and without a report: a run must not change the node's size
+const HEAD = 18; // above the report of a node with a gate: see gate.js
 const REPORTING = new Set([
   "ApplyFlexIPGate",
   "FlexIPStart",
@@ -20,12 +22,15 @@ const REPORTING = new Set([
   "FlexIPTrainingStatus",
 ]);
 const STYLE = `
-.flexip-report { display: flex; flex-direction: column; gap: 2px; box-sizing: border-box; min-height: ${HEIGHT - 8}px; max-height: ${HEIGHT - 8}px;
+.flexip-report { display: flex; flex-direction: column; gap: 2px; box-sizing: border-box; 
   padding: 4px 8px; border-radius: 6px; background: var(--comfy-input-bg); color: var(--input-text); font: 12px/1.3 sans-serif; overflow: hidden; }
+.flexip-report-head { height: ${HEAD}px; font-size: 11px; opacity: 0.85; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.flexip-live { display: flex; align-items: center; gap: 3px; margin-right: auto; cursor: pointer; font-size: 11px; }
+.flexip-live input { margin: 0; width: 11px; height: 11px; }
 .flexip-report-line { flex: 1; overflow: hidden; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow-wrap: anywhere; }
 .flexip-report-line.empty { opacity: 0.55; }
-.flexip-report-buttons { display: flex; justify-content: flex-end; gap: 10px; visibility: hidden; }
-.flexip-report-buttons.ready { visibility: visible; }
+.flexip-report-buttons { display: flex; justify-content: flex-end; gap: 10px; }
+.flexip-report-buttons:not(.ready) button { visibility: hidden; }
 .flexip-report-buttons button, .flexip-report-panel button { all: unset; cursor: pointer; font: 11px/1.2 sans-serif; opacity: 0.75; text-decoration: underline; }
 .flexip-report button:hover, .flexip-report-panel button:hover, .flexip-report button:focus-visible { opacity: 1; }
 .flexip-report-panel { position: fixed; z-index: 1100; box-sizing: border-box; width: 440px; max-width: calc(100vw - 16px); max-height: 50vh; overflow: auto;
@@ -41,7 +46,8 @@ export function outputsOf(node) {
   return app.nodeOutputs?.[inside ? `${node.graph.id}:${node.id}` : String(node.id)];
 }
 
-function reportOf(node) {
+/** What the server said of the node last. */
+export function reportOf(node) {
   const value = outputsOf(node)?.[KEY]; // a list from the node's own run, an object from another node's
   return Array.isArray(value) ? value.at(-1) : value;
 }
@@ -112,6 +118,12 @@ function togglePanel(node, anchor) {
 }
 
 const drawn = new WeakMap(); // node -> draws its report
+const rows = new WeakMap();
+
+/** Of a node with a gate: the row above its report, and the one with its buttons. */
+export function rowsOf(node) {
+  return rows.get(node);
+}
 
 function addWidget(node) {
   const box = element("div", "flexip-report");
@@ -121,13 +133,20 @@ function addWidget(node) {
     button("details", () => togglePanel(node, box)),
     button("copy", (event) => copy(node, event)),
   );
+  const height = HEIGHT + (GATED.has(kindOf(node)) ? HEAD : 0);
+  if (GATED.has(kindOf(node))) {
+    const head = element("div", "flexip-report-head");
+    box.append(head);
+    rows.set(node, { head, buttons });
+  }
   box.append(line, buttons);
+  box.style.minHeight = box.style.maxHeight = `${height - 8}px`;
   const widget = node.addDOMWidget("flexip_report", "flexip_report", box, {
     serialize: false, // not into the prompt
     hideOnZoom: true,
     margin: 4,
-    getMinHeight: () => HEIGHT,
-    getMaxHeight: () => HEIGHT,
+    getMinHeight: () => height,
+    getMaxHeight: () => height,
   });
   widget.serialize = false; // not into the workflow
   drawn.set(node, () => {
@@ -147,8 +166,7 @@ function addWidget(node) {
 }
 
 function drawAll() {
-  for (const graph of [app.rootGraph, ...(app.rootGraph?.subgraphs?.values() ?? [])])
-    for (const node of graph?.nodes ?? []) drawn.get(node)?.();
+  for (const node of allNodes()) drawn.get(node)?.();
 }
 
 app.registerExtension({
@@ -165,7 +183,7 @@ app.registerExtension({
     api.addEventListener("execution_start", closePanel);
   },
   nodeCreated(node) {
-    if (REPORTING.has(String(node.constructor.comfyClass))) addWidget(node);
+    if (REPORTING.has(kindOf(node))) addWidget(node);
   },
   afterConfigureGraph: drawAll, // undo, paste of a workflow, another tab
   onNodeOutputsUpdated: drawAll, // another tab's outputs are back
