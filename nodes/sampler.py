@@ -16,6 +16,7 @@ from comfy_api.v0_0_2 import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..flexip_core.pictures.contact_sheet import contact_sheet
+from ..flexip_core.run.chain import Link
 from ..flexip_core.run.schedule import GateBatch, GateCurve, parse_numbers
 from . import notices, runtime
 from .checks import check_latent, check_numbers
@@ -26,6 +27,7 @@ from .types import START_MENU
 
 NODE = "FlexIPSampler"
 MOST = 64  # pictures of one sweep
+NO_GATE = "sampled without a reference: the model has no FlexIP gate, so gates and strengths were not used"
 
 
 class FlexIPSampler(io.ComfyNode):
@@ -39,7 +41,10 @@ class FlexIPSampler(io.ComfyNode):
             **KEEP_PREVIEW,
             search_aliases=["ksampler", "gate sweep", "xy plot", "ip-adapter sampler"],
             inputs=[
-                io.Model.Input("model", tooltip="A model with a FlexIP gate, from Apply FlexIP Gate."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A model with a FlexIP gate. Without one, as where Apply FlexIP Gate is bypassed, it is sampled as it is.",
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -127,14 +132,16 @@ class FlexIPSampler(io.ComfyNode):
         vae: Any = None,
         strengths: str = "",
     ) -> io.NodeOutput:
-        links = runtime.gated_links(model, NODE)
+        links = runtime.links_of(model)  # none: Apply FlexIP Gate is bypassed
         check_latent(NODE, "latent_image", latent_image, model)
         check_numbers(NODE, 0, 100, cfg=cfg)
         check_numbers(NODE, 0, 1, denoise=denoise)
         with named(NODE):
             values = parse_numbers(gates, 0.0, 1.0, "gates", MOST)
             amounts = parse_numbers(strengths, 0.0, 5.0, "strengths", MOST)
-        if values and not amounts and links[-1].silent:
+        if not links:
+            values, amounts = (), ()
+        elif values and not amounts and links[-1].silent:
             raise ValueError(
                 f"{NODE}: the last Apply FlexIP Gate has strength 0, so all gates would look alike. Raise its strength."
             )
@@ -144,40 +151,27 @@ class FlexIPSampler(io.ComfyNode):
                 f"{NODE}: {len(amounts)} strengths with {len(values)} gates each are {len(grid)} pictures, at most {MOST} fit into one batch. Use fewer."
             )
         rows = [cell for cell in grid for _ in range(len(latent_image["samples"]))]
-        last = links[-1]
-        if values:
-            last = dataclasses.replace(
-                last, gates=tuple(value for _, value in rows if value is not None), over_prompts=True
-            )
-        if amounts:
-            last = dataclasses.replace(last, strengths=tuple(amount for amount, _ in rows if amount is not None))
-        links = (*links[:-1], last)
-        model = runtime.with_links(model, links)
+        if links:
+            model = runtime.with_links(model, (*links[:-1], swept(links[-1], rows)))
         reports: list[Report] = []
         model.model_options["transformer_options"][runtime.LISTENER] = reports.extend
-        result = sample(
-            model,
-            seed,
-            steps,
-            cfg,
-            sampler_name,
-            scheduler,
-            positive,
-            negative,
-            latent_image,
-            denoise,
-            copies=len(grid),
-        )
-        reports = reports or [Report("reference not used: no step was sampled")]
+        settings = (seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise)
+        result = sample(model, *settings, copies=len(grid))
+        reports = reports or [Report("reference not used: no step was sampled" if links else NO_GATE)]
         report, text = Report.of_chain(reports), notices.full_text(reports)
         shown = notices.said(report)
         if vae is None:
             blocker = ExecutionBlocker(f"{NODE}: wire a VAE into it to get the contact sheet.")
             return io.NodeOutput(result, blocker, text, ui=shown)
-        labels = [f"gate {value:g}" for value in values] or gate_labels(links[-1].gates, len(latent_image["samples"]))
-        pictures = by_columns(decode(vae, result["samples"]), len(amounts) or 1, len(labels))
+        decoded = decode(vae, result["samples"])
+        bare = None
+        if len(grid) > 1:
+            bare = decode(vae, sample(without_last(model), *settings, copies=1)["samples"])
+        shown |= cells_of(cls, decoded, rows, len(latent_image["samples"]), bare, links)
+        labels = [f"gate {value:g}" for value in values] or gate_labels(links, len(latent_image["samples"]))
+        pictures = by_columns(decoded, len(amounts) or 1, len(labels))
         sheet = contact_sheet(pictures, labels, [f"strength {amount:g}" for amount in amounts])
-        return io.NodeOutput(result, sheet, text, ui=shown | ui.PreviewImage(sheet, cls=cls).as_dict())
+        return io.NodeOutput(result, sheet, text, ui=shown)
 
 
 def by_columns(pictures: torch.Tensor, strengths: int, columns: int) -> torch.Tensor:
@@ -185,8 +179,54 @@ def by_columns(pictures: torch.Tensor, strengths: int, columns: int) -> torch.Te
     return pictures.unflatten(0, (strengths, columns, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def gate_labels(gates: Any, latents: int) -> list[str]:
+def swept(link: Link, rows: list[tuple[float | None, float | None]]) -> Link:
+    """The link with what is swept for every row (strength, gate) of the batch."""
+    if gates := tuple(gate for _, gate in rows if gate is not None):
+        link = dataclasses.replace(link, gates=gates, over_prompts=True)
+    if strengths := tuple(strength for strength, _ in rows if strength is not None):
+        link = dataclasses.replace(link, strengths=strengths)
+    return link
+
+
+def without_last(model: Any) -> Any:
+    """The model whose last link has strength 0: what a sweep is compared with. Its run reports to no node."""
+    links = [dataclasses.replace(link, node_id=None) for link in runtime.links_of(model)]
+    links[-1] = dataclasses.replace(links[-1], gates=(0.0,), strength=0.0, strengths=())
+    model = runtime.with_links(model, tuple(links))
+    model.model_options["transformer_options"].pop(runtime.LISTENER, None)
+    return model
+
+
+def cells_of(
+    cls: type[io.ComfyNode],
+    pictures: torch.Tensor,
+    rows: list[tuple[float | None, float | None]],
+    latents: int,
+    bare: torch.Tensor | None,
+    links: tuple[Link, ...],
+) -> dict[str, list]:
+    """For the node's `ui`, what web/js/sheet.js draws: each picture with its row (strength, gate), those of the same noise
+    without the last link, and which node that link is of. Of a video the first frames."""
+    node_id = links[-1].node_id if links else None
+    files = ui.PreviewImage(pictures[:: len(pictures) // len(rows)], cls=cls).values
+    cells = [
+        {**file, "gate": gate, "strength": strength, "latent": number % latents}
+        for number, (file, (strength, gate)) in enumerate(zip(files, rows))
+    ]
+    sheet = {
+        "cells": cells,
+        "columns": len(rows) // len({strength for strength, _ in rows}),
+        "bare": [] if bare is None else list(ui.PreviewImage(bare[:: len(bare) // latents], cls=cls).values),
+        "node": node_id and node_id.partition(".")[0],  # of a link in the graph that another node stands for: that node
+    }
+    return {"flexip_sheet": [sheet]}
+
+
+def gate_labels(links: tuple[Link, ...], latents: int) -> list[str]:
     """Of the columns without a sweep: one, or one per latent where each has a gate of its own."""
+    if not links:
+        return ["no gate"]
+    gates = links[-1].gates
     if isinstance(gates, GateCurve):
         return [f"gate {gates.name}"]
     values = gates.values_for(latents) if isinstance(gates, GateBatch) else gates

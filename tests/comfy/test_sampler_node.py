@@ -1,5 +1,9 @@
 """FlexIPSampler: equal to KSampler with one gate, and a fair sweep with many."""
 
+from pathlib import Path
+
+import folder_paths
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -9,6 +13,7 @@ from flexip_pack.flexip_core.network.attention import Branch
 from flexip_pack.nodes import runtime
 from flexip_pack.nodes.conditioning import FlexIPConditioning
 from flexip_pack.nodes.sampler import FlexIPSampler, noise_sampler
+from PIL import Image
 
 import nodes
 
@@ -182,9 +187,12 @@ def test_report_warns_when_nothing_was_active(model, gated):
         run(off, "0, 1")
 
 
-def test_a_model_without_gate_names_the_node_to_add(model):
-    with pytest.raises(ValueError, match="FlexIPSampler.*Apply FlexIP Gate"):
-        run(model)
+@pytest.mark.parametrize("gates", ["", "0, 0.5, 1"])
+def test_a_model_without_gate_is_sampled_as_it_is_and_says_so(model, gates):
+    """As where Apply FlexIP Gate is bypassed."""
+    result = run(model, gates, vae=FakeVae())
+    assert torch.equal(result[0]["samples"], ksampler(model))
+    assert result[2].startswith("sampled without a reference") and result[1].shape[0] == 1
 
 
 @pytest.mark.parametrize("text", ["a", "0, 1.5", "-0.1", "nan", "inf", "0.5x", "0,,b", ", ".join(["0.5"] * 65)])
@@ -227,3 +235,34 @@ def test_a_sweep_shows_its_gates_in_prompts_that_bring_their_own(gated):
     assert "brought their own reference or gate (gate 0, 0.5, 1)" in swept[2]
     alone = run(gated, positive=own)[0]["samples"]  # without a sweep the prompt's own gate counts
     assert tiny.relative_error(alone, run(gated)[0]["samples"]) > 1e-3
+
+
+def sheet_of(model, gates="", strengths="", batch=1):
+    out = FlexIPSampler.execute(
+        model, 11, 2, 5.0, "euler_ancestral", "normal", P, N, latent(batch), 1.0, gates, FakeVae(), strengths
+    )
+    [sheet] = out.ui["flexip_sheet"]
+    return sheet, out
+
+
+def test_the_page_gets_every_picture_of_a_sweep_with_its_place_in_it(model, gated):
+    sheet, out = sheet_of(gated, "0, 1", "0.5, 2", batch=2)
+    cells = [(cell["strength"], cell["gate"], cell["latent"]) for cell in sheet["cells"]]
+    assert cells == [(s, g, n) for s in (0.5, 2.0) for g in (0.0, 1.0) for n in (0, 1)]
+    assert sheet["columns"] == 4 and len(sheet["bare"]) == 2
+    pixels = FakeVae().decode(out.args[0]["samples"])
+    for picture, cell in zip(pixels, sheet["cells"]):
+        assert torch.equal(read(cell), (picture * 255).to(torch.uint8))
+    bare = FlexIPSampler.execute(model, 11, 2, 5.0, "euler_ancestral", "normal", P, N, latent(2), 1.0, "", None).args[0]
+    for picture, file in zip(FakeVae().decode(bare["samples"]), sheet["bare"]):
+        assert torch.equal(read(file), (picture * 255).to(torch.uint8))
+
+
+def test_one_picture_is_compared_with_nothing_and_costs_nothing_more(gated):
+    sheet, _ = sheet_of(gated)
+    assert len(sheet["cells"]) == 1 and sheet["bare"] == [] and sheet["cells"][0]["gate"] is None
+
+
+def read(file):
+    with Image.open(Path(folder_paths.get_temp_directory(), file["filename"])) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB")))

@@ -45,7 +45,11 @@ def check(comfy: ComfyServer, base: str, blocks: int) -> None:
     pictures = []
     for gate in (0.0, 1.0):
         outputs = run(comfy, base, gate=gate)
-        image = next(output["images"][0] for output in outputs.values() if output["images"][0]["subfolder"] == "flexip")
+        image = next(
+            output["images"][0]
+            for output in outputs.values()
+            if output.get("images", [{"subfolder": ""}])[0]["subfolder"] == "flexip"
+        )
         pictures.append(comfy.view(image))
     assert pictures[0] != pictures[1]
     log = comfy.log_text()
