@@ -42,7 +42,7 @@ SAID = {
     "flexip_demo_world": (["gate 0, 0.25, 0.5, 0.75, 1", "adapters: demo adapters"], 1),
     "flexip_gate_sweep": (["gate 0, 0.25, 0.5, 0.75, 1"], 1),
     "flexip_style_over_time": (["gate 0.9, 0.2"], 1),
-    "flexip_two_characters_by_mask": (["gate 0.7", "\n\ngate 0.7"], 1),
+    "flexip_two_characters_by_mask": (["gate 0.7", "\n\nreference used, gate 0.70"], 1),
     "flexip_image_to_image": (["2 of 2 steps"], 1),
     "flexip_batch_of_references": (["gate 0.9, 0.3", "3 picture(s) in 3 references, one per batch item"], 6),
     "flexip_scores_and_attention_maps": (["gate 0.25: CLIP-I", "FlexIP attention maps", "personalization:"], 0),
