@@ -70,7 +70,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="a setting, such as checkpoint=sd15.safetensors, steps=30 or LoadFlexIPAdapters.clip_vision=...",
     )
     one.add_argument("--gates", default="", help="such as 0, 0.5, 1 (default: the workflow's own gate)")
-    one.add_argument("--strengths", default="", help="sweep the strength instead, as an IP-Adapter's scale")
+    one.add_argument(
+        "--strengths",
+        default="",
+        help="sweep the strength instead, as an IP-Adapter's scale: at gate 1, where one adapter acts alone",
+    )
     one.add_argument(
         "--refine",
         type=Path,
@@ -86,6 +90,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     one.add_argument("--models", type=Path, help="the server's models folder, to note the files' hashes")
     one.add_argument("--method", default="FlexIP", help="what the pictures are called in tables")
     one.add_argument("--quick", action="store_true", help="4 subjects and 5 prompts of each only")
+    one.add_argument("--dry-run", action="store_true", help="only say how many pictures there are to make")
     one.set_defaults(command=generate_pictures)
 
     one = commands.add_parser(
@@ -141,7 +146,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
     one = commands.add_parser("plot", help="figures of one or more files of scores")
     one.add_argument("scores", type=Path, nargs="+")
-    one.add_argument("--pictures", type=Path, help="the folder that was scored, for the sheet of gates")
+    one.add_argument(
+        "--pictures",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="the folder that was scored, for a sheet of its gates; of several a sheet with the methods side by side",
+    )
+    one.add_argument(
+        "--gate", action="append", default=[], metavar="METHOD=GATE", help="at which a swept method is on that sheet"
+    )
     one.add_argument("--subjects", action="store_true", help="a thin line for each subject, too")
     one.add_argument("--to", type=Path, required=True, metavar="DIR")
     one.set_defaults(command=plot)
@@ -172,6 +187,7 @@ def generate_pictures(options: argparse.Namespace) -> None:
         at_once=options.at_once,
         models=options.models,
         method=options.method,
+        dry_run=options.dry_run,
     )
     log.info("%s: %d pictures made, %d were there.", options.folder, outcome.made, outcome.kept)
 
@@ -203,6 +219,8 @@ def picture_scores(options: argparse.Namespace) -> Scores:
     tools = instruments.find(options.weights, _pairs(options.use, "--use"))
     if options.columns:
         tools = tools.only(name.strip() for name in options.columns.split(","))
+    if not tools.columns:
+        raise ValueError("Nothing can be measured.\n" + "\n".join(tools.missing.values()))
     with generate.progress_bar(0, len(pictures), options.folder.name) as moved:
         measured = tools.score(pictures, on_progress=moved, device=options.device)
     header = _run_header(options.folder, wanted)
@@ -241,8 +259,7 @@ def mini_world_scores(options: argparse.Namespace) -> Scores:
 
 def compare(options: argparse.Namespace) -> None:
     runs = [scores_file.read(path) for path in options.scores]
-    gates = {name: _number(text, "--gate") for name, text in _pairs(options.gate, "--gate").items()}
-    for path in tables.write_tables(options.to, tables.compare(runs, gates)):
+    for path in tables.write_tables(options.to, tables.compare(runs, _gates(options))):
         log.info("%s", path)
     swept = [run for run in runs if len(run.gates) >= 3]
     if swept:
@@ -268,38 +285,84 @@ def plot(options: argparse.Namespace) -> None:
             path = options.to / f"front.{kind}"
             figures.front(swept, path, fixed, _published_points(runs))
             made.append(path)
-    if options.pictures:
+    if len(options.pictures) == 1:
         path = options.to / "gate_sheet.png"
-        figures.gate_sheet(*sheet_of(options.pictures), path)
+        figures.gate_sheet(*sheet_of(options.pictures[0]), path)
+        made.append(path)
+    elif options.pictures:
+        path = options.to / "method_sheet.png"
+        figures.picture_sheet(*sheet_of_methods(options.pictures, _gates(options)), path)
         made.append(path)
     for path in made:
         log.info("%s", path)
 
 
 def sheet_of(folder: Path) -> tuple[list[figures.SheetRow], list[float]]:
-    """The first picture of each subject's first case, at every gate."""
-    _, pictures = benchmark.read_outputs(folder)
-    by_subject: dict[str, dict[float, Path]] = {}
-    first: dict[str, Any] = {}
-    for picture in pictures:
-        subject = picture.case.subject
-        case = first.setdefault(subject.name, picture)
-        if (picture.case.number, picture.image) == (case.case.number, case.image) and picture.gate is not None:
-            by_subject.setdefault(subject.name, {})[picture.gate] = picture.path
-    if not by_subject:
+    """Each subject's first picture at every gate, each of another of its prompts, as far as there are several."""
+    swept = [picture for picture in benchmark.read_outputs(folder)[1] if picture.gate is not None]
+    if not swept:
         raise ValueError(f"{folder} has no sweep of gates to lay side by side.")
-    gates = sorted(next(iter(by_subject.values())))
-    rows = [
-        figures.SheetRow(first[name].case.prompt, first[name].case.subject.references[0], [at[gate] for gate in gates])
-        for name, at in list(by_subject.items())[:SHEET_CASES]
-    ]
+    gates = sorted({picture.gate for picture in swept})
+    by_key = {(*_key(picture), picture.gate): picture for picture in swept}
+    rows = []
+    for key in _shown({_key(picture) for picture in swept}):
+        pictures = [by_key[(*key, gate)] for gate in gates]
+        rows.append(_row(pictures[0], [picture.path for picture in pictures]))
     return rows, gates
+
+
+def sheet_of_methods(folders: Sequence[Path], gates: Mapping[str, float]) -> tuple[list[figures.SheetRow], list[str]]:
+    """The same cases by each method, a row per subject and prompt. `gates`: method -> gate; without one the middle of its sweep."""
+    found: dict[str, dict[tuple, Any]] = {}
+    for folder in folders:
+        wanted, pictures = benchmark.read_outputs(folder)
+        method = str(_run_header(folder, wanted).get("method") or folder.resolve().name)
+        if method in found:
+            raise ValueError(f"Two folders are called {method}; give one of them another method in its run.json.")
+        values = sorted({picture.gate for picture in pictures if picture.gate is not None})
+        gate = tables.nearest_gate(method, values, gates.get(method))
+        label = method if gate is None else f"{method} ({gate:g})"
+        found[label] = {_key(picture): picture for picture in pictures if picture.gate == gate}
+    common = set.intersection(*(set(pictures) for pictures in found.values()))
+    if not common:
+        raise ValueError("The folders have no subject and prompt in common to lay side by side.")
+    rows = [
+        _row(next(iter(found.values()))[key], [pictures[key].path for pictures in found.values()])
+        for key in _shown(common)
+    ]
+    return rows, list(found)
+
+
+def _key(picture: benchmark.Picture) -> tuple[str, int, int]:
+    return picture.case.subject.name, picture.case.number, picture.image
+
+
+def _row(picture: benchmark.Picture, paths: Sequence[Path]) -> figures.SheetRow:
+    return figures.SheetRow(picture.case.prompt, picture.case.subject.references[0], paths)
+
+
+def _shown(keys: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """One of each subject, each with the next prompt, until the sheet is full; the same whatever the order of `keys`."""
+    by_subject: dict[str, list[tuple[str, int, int]]] = {}
+    for key in sorted(keys):
+        by_subject.setdefault(key[0], []).append(key)
+    firsts = {subject: [key for key in some if key[2] == some[0][2]] for subject, some in by_subject.items()}
+    rounds = max(map(len, firsts.values()), default=0)
+    shown = [
+        some[(number + turn) % len(some)]
+        for turn in range(rounds)
+        for number, some in enumerate(firsts.values())
+        if turn < len(some)
+    ]
+    return shown[:SHEET_CASES]
 
 
 def _published_points(runs: Sequence[Scores]) -> list[tuple[str, float, float]]:
     if any(str(run.header.get("benchmark", "")).startswith(tables.MINI_WORLD) for run in runs):
         return []  # another world: its scores say nothing about photographs
     text, subject = control.PRIMARY.text, control.PRIMARY.subject
+    if any(len(published.comparable(run.columns, (text, subject))) < 2 for run in runs):
+        return []  # files that the published scores were not made with
     return [(name, row[text], row[subject]) for name, row in published.table1().items()]
 
 
@@ -321,6 +384,10 @@ def _calibration(tools: instruments.Instruments, wanted: benchmark.Benchmark, de
         return {}
     found = tools.real_features(several, device=device)
     return {column: statistics.real_against_real(features).mean for column, features in found.items()}
+
+
+def _gates(options: argparse.Namespace) -> dict[str, float]:
+    return {name: _number(text, "--gate") for name, text in _pairs(options.gate, "--gate").items()}
 
 
 def _pairs(texts: Iterable[str], option: str) -> Mapping[str, str]:

@@ -57,7 +57,7 @@ THIN, BAND = 0.35, 0.18  # opacity
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One case: what it is called, its reference, and its picture at each gate."""
+    """One case: what it is called, its reference, and its picture at each gate, or by each method."""
 
     label: str
     reference: Path
@@ -158,19 +158,23 @@ def front(
 def gate_sheet(
     rows: Sequence[SheetRow], gates: Sequence[float], path: Path, knob: str = "gate", side: int = 192
 ) -> None:
-    """Reference, then a column per gate; a row per case. Always a picture, .png or .jpg; each part `side` pixels wide and high."""
+    """Reference, then a column per gate; a row per case."""
+    picture_sheet(rows, [f"{knob} {gate:g}" for gate in gates], path, side)
+
+
+def picture_sheet(rows: Sequence[SheetRow], names: Sequence[str], path: Path, side: int = 192) -> None:
+    """Reference, then a column for each of `names`; a row per case. Always a picture, .png or .jpg; each part `side` pixels wide and high."""
     formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
     if path.suffix.lower() not in formats:
         raise ValueError(f"{path.name}: a sheet of pictures is saved as .png or .jpg.")
     if not rows:
-        raise ValueError("A sheet of gates needs at least one case.")
+        raise ValueError("A sheet of pictures needs at least one case.")
     for row in rows:
-        if len(row.pictures) != len(gates):
-            raise ValueError(f"{row.label} has {len(row.pictures)} pictures for {len(gates)} gates.")
-    columns = [[row.reference for row in rows], *([row.pictures[i] for row in rows] for i in range(len(gates)))]
+        if len(row.pictures) != len(names):
+            raise ValueError(f"{row.label} has {len(row.pictures)} pictures for {len(names)} columns.")
+    columns = [[row.reference for row in rows], *([row.pictures[i] for row in rows] for i in range(len(names)))]
     parts = torch.stack([_part(picture, side) for column in columns for picture in column])
-    labels = ["reference", *(f"{knob} {gate:g}" for gate in gates)]
-    pixels = (contact_sheet(parts, labels, [row.label for row in rows])[0] * 255).round().byte().numpy()
+    pixels = (contact_sheet(parts, ["reference", *names], [row.label for row in rows])[0] * 255).round().byte().numpy()
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, formats[path.suffix.lower()], quality=92)
     write_atomically(path, data.getvalue())

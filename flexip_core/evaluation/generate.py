@@ -5,18 +5,21 @@
 <folder>/references/                                the subjects' pictures, once each; src_image holds links to them
 
 One prompt makes a case at all gates, from the same noise. A sweep of strengths, as for an IP-Adapter, lies in the same
-folders: gate_0.50 is then strength 0.5, and "knob" in run.json says so.
+folders: gate_0.50 is then strength 0.5, and "knob" in run.json says so; its gate is 1, or what the settings give.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,10 @@ from .recipe import DEFAULT, REPORT_NODE, Recipe, read_recipe
 KNOBS = {"gate": 1.0, "strength": 5.0}  # and their largest values
 MOST = 64  # values in one prompt, FlexIPSampler's limit
 IN_TURN = "all"  # references
+GATE, WHOLE = (
+    "ApplyFlexIPGate.gate",
+    1.0,
+)  # of a strength sweep: one adapter alone, so that strength 1 is its own scale 1
 PNG_END = b"IEND\xaeB`\x82"
 UPLOADS = "flexip_evaluation"  # in the server's input folder
 
@@ -73,10 +80,12 @@ def generate(
     at_once: int | None = None,
     models: str | Path | None = None,
     method: str = "FlexIP",
+    dry_run: bool = False,
 ) -> Outcome:
     """`workflow` and `settings`: see recipe.py. `gates`: values of the knob, none for the workflow's own gate.
     `reference`: number of the subject's picture, or "all" for each in turn. `at_once`: most gates in one prompt, where memory
-    is short. `models`: a server's models folder, to hash the files. `on_progress` gets pictures done and in all.
+    is short. `models`: a server's models folder, to hash the files. `on_progress` gets pictures done and in all. `dry_run`: only
+    say how many there are to make.
 
     What is there already is kept. ValueError: the request, or a folder of another run. ServerError: no server is left.
     """
@@ -87,7 +96,10 @@ def generate(
     if not benchmark.cases:
         raise ValueError(f"The benchmark {benchmark.name} has no cases.")
     crew = as_crew(servers)
-    recipe = read_recipe(workflow, settings or {}, lambda: reachable(crew)[0].client.object_info())
+    settings = dict(settings or {})
+    if knob == "strength" and values:
+        settings.setdefault(GATE, WHOLE)
+    recipe = read_recipe(workflow, settings, lambda: reachable(crew)[0].client.object_info())
     title = Path(workflow or DEFAULT).name
     head = run_file.header(benchmark, recipe, method, title, knob, values, images, seed, reference, models)
     head = run_file.joined(folder, head)
@@ -95,6 +107,12 @@ def generate(
     jobs = list(all_jobs(benchmark, tuple(head[f"{knob}s"]), head["images"], seed, reference, at_once))
     missing = [job for job in jobs if not all(is_complete(folder, job, value) for value in job.values or (None,))]
     total, left = sum(map(_pictures, jobs)), sum(map(_pictures, missing))
+    logging.info(
+        "%s: %d cases x %d images x %d %ss = %d pictures, %d of them to make.",
+        benchmark.name, len(benchmark.cases), head["images"], max(1, len(head[f"{knob}s"])), knob, total, left,
+    )  # fmt: skip
+    if dry_run:
+        return Outcome(0, total - left)
     if missing:
         crew = reachable(crew)
         head = run_file.with_servers(head, [server.stats for server in crew])
@@ -117,7 +135,8 @@ def _make_all(
     progress: Progress,
 ) -> None:
     copies = {reference: _keep(folder, reference) for reference in {job.reference for job in jobs}}
-    done, header = total - sum(map(_pictures, jobs)), head
+    kept = done = total - sum(map(_pictures, jobs))
+    header, begin = head, time.monotonic()
 
     def make(server: Server, job: Job) -> str:
         pictures, report = _make(server, recipe, head["knob"], job)
@@ -127,6 +146,10 @@ def _make_all(
 
     def finished(job: Job, report: str) -> None:
         nonlocal done, header
+        if done == kept:  # the first, so that nobody finds out tomorrow that it takes a week
+            each = (time.monotonic() - begin) / _pictures(job)
+            left = timedelta(seconds=round(each * (total - kept) / len(crew)))
+            logging.info("%.1f s per picture on a server, so about %s in all (h:mm:ss).", each, left)
         if report and header["report"] is None:
             header = run_file.with_report(header, report, models)
             run_file.write(folder, header)

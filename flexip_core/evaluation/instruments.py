@@ -27,6 +27,7 @@ from ..measuring.scores_file import Row
 from . import aesthetic, clip_iqa, metrics
 from .benchmark import Picture, Subject
 from .loaded_encoders import Bench, Column, chunks, float32
+from .published import NOT_COMPARABLE
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 CONVERT = (
@@ -191,7 +192,7 @@ class Instruments:
     def _wanted(self, *kinds: str) -> dict[str, Column]:
         wanted = {name: COLUMNS[name] for name in self.columns if not kinds or COLUMNS[name].kind in kinds}
         if not wanted:
-            raise ValueError(" ".join(self.missing.values()) or "There is no column to measure.")
+            raise ValueError("\n".join(self.missing.values()) or "There is no column to measure.")
         return wanted
 
 
@@ -323,7 +324,7 @@ def _describe(column: Column, chosen: Mapping[str, Any], hashes: dict[Path, str]
         if isinstance(file, scorer_files.ScorerFile):
             text += f" at {file.crop} px"
         if not ROLES[role].standard(file):
-            text += f", NOT comparable with scores by {ROLES[role].title}"
+            text += f", {NOT_COMPARABLE} with scores by {ROLES[role].title}"
         if file.remark:
             text += f". {file.remark[0].upper()}{file.remark[1:].rstrip('.')}"
         parts.append(text)

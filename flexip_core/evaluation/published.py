@@ -28,6 +28,14 @@ def printed_mean_ranks() -> dict[str, float]:
     return {row["method"]: row["mRank"] for row in published()["table_1"]["rows"]}
 
 
+NOT_COMPARABLE = "NOT comparable"  # in the name of a column's model that the published scores were not made with
+
+
+def comparable(columns: Mapping[str, str], names: Sequence[str] = COLUMNS) -> tuple[str, ...]:
+    """Those of `names` that `columns` (column -> model) has from a model that compares with published scores."""
+    return tuple(name for name in names if name in columns and NOT_COMPARABLE not in columns[name])
+
+
 def real_pictures() -> dict[str, float]:
     """DreamBooth's row of real pictures against real pictures of the same subject: column -> mean cosine."""
     real = next(row for row in published()["dreambooth"]["rows"] if row["method"] == "real pictures")

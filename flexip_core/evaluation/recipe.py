@@ -16,7 +16,7 @@ from ..files.parse import read_json
 from .workflow import nodes_of, set_inputs, to_prompt
 
 DEFAULT, DEMO = "generate.json", "generate_demo.json"  # beside this file, in API format
-SAMPLER = "FlexIPSampler"
+SAMPLER, APPLY = "FlexIPSampler", "ApplyFlexIPGate"
 LATENT, REPORT = 0, 2  # outputs of the sampler
 REPORT_NODE = "flexip_report"
 SAMPLER_SETTINGS = ("steps", "cfg", "sampler_name", "scheduler", "denoise")
@@ -48,6 +48,11 @@ class Recipe:
         lists = {"gates": "", "strengths": "", f"{knob}s": ", ".join(f"{value:g}" for value in values)}
         prompt[self.sampler]["inputs"].update(seed=seed, **lists)
         return prompt
+
+    def gate(self) -> Any:
+        """Of the workflow's Apply nodes, where they agree: what a picture without a sweep of gates is made at."""
+        found = [self._value(node, "gate") for node in nodes_of(self.prompt, APPLY)]
+        return found[0] if found and all(value == found[0] for value in found) else None
 
     def header(self) -> dict[str, Any]:
         """What a table says about the sampling; a value that another node computes is given as that node."""

@@ -8,24 +8,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files.parse import Unreadable, read_json
+from ..files.version import pack_version
 from ..files.weights import sha256, write_atomically
 from .benchmark import Benchmark
 from .recipe import SAMPLER_SETTINGS, SIZE_SETTINGS, Recipe, differences
 
 FORMAT = 1
 NAME = "run.json"
-PACK = Path(__file__).resolve().parents[2]
 SEED_RULE = "of each picture: the first 8 hex digits of sha256('<seed>/<name of the picture>'); the same at every gate"
 UNKNOWN = "unknown: on the server"
 WEIGHT_FILE = re.compile(r"[^\s,;:()]+\.(?:safetensors|sft|ckpt|pt|pth|bin)\b")
 MAY_GROW = ("images", "packs", "servers", "report")
-FROM_PROMPT = (*SAMPLER_SETTINGS, *SIZE_SETTINGS, "negative")  # compared there
+FROM_PROMPT = (*SAMPLER_SETTINGS, *SIZE_SETTINGS, "negative", "gate")  # compared there
 MOST_DIFFERENCES = 3
 
 
@@ -54,6 +53,7 @@ def header(
         "reference": reference,
         "knob": knob,
         f"{knob}s": list(values),
+        **({} if knob == "gate" and values else {"gate": recipe.gate()}),
         "seed": seed,
         "seed_rule": SEED_RULE,
         **recipe.header(),
@@ -126,28 +126,6 @@ def with_report(data: Mapping[str, Any], report: str, models: Path | None) -> di
 def hash_files(names: Mapping[str, str], models: Path | None) -> dict[str, dict[str, str]]:
     """place -> name as the server lists it  ->  place -> {"name", "sha256"}"""
     return {place: {"name": name, "sha256": _hash_of_file(name, models)} for place, name in names.items()}
-
-
-def pack_version() -> dict[str, str]:
-    """Of the pack on this machine."""
-    text = (PACK / "pyproject.toml").read_text(encoding="utf-8") if (PACK / "pyproject.toml").is_file() else ""
-    version = re.search(r'^version = "(.+)"', text, re.MULTILINE)
-    return {"version": version[1] if version else "unknown", "commit": _commit()}
-
-
-def _commit() -> str:
-    if not (PACK / ".git").exists():  # inside ComfyUI's own repository git would tell ComfyUI's commit
-        return "unknown: not in git"
-    try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(PACK), *command], capture_output=True, text=True, check=True, timeout=30
-            ).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown: git does not answer"
-    return commit.strip() + (" with changes" if changes.strip() else "")
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

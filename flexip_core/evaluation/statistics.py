@@ -65,6 +65,41 @@ def interval(
     return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Of two methods on the same pictures: first minus second."""
+
+    mean: float
+    low: float | None  # paired 95 % bootstrap interval over subjects; None for a single subject
+    high: float | None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def difference(first: Sequence[Row], second: Sequence[Row], column: str) -> Difference:
+    """Every resample holds the same subjects for both methods, so what makes a subject hard for both cancels.
+
+    ValueError unless both have the same subjects, prompts and images.
+    """
+    ours, theirs = (
+        {(row.subject, row.case, row.image): row.scores[column] for row in rows} for rows in (first, second)
+    )
+    if not ours or ours.keys() != theirs.keys():
+        raise ValueError(
+            f"A difference of {column} needs the same pictures of both methods; score both on the same cases."
+        )
+    by_subject: dict[str, list[float]] = defaultdict(list)
+    for key, score in ours.items():
+        by_subject[key[0]].append(score - theirs[key])
+    sums = np.array([sum(values) for values in by_subject.values()])
+    counts = np.array([len(values) for values in by_subject.values()], dtype=np.float64)
+    low, high = interval(sums, counts)
+    return Difference(float(sums.sum() / counts.sum()), low, high)
+
+
 @lru_cache(maxsize=16)
 def _draws(subjects: int, resamples: int, seed: int) -> np.ndarray:
     """(r, s): how often each resample holds each subject. The same for all columns, so they can be read together."""

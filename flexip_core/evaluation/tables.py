@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,8 +16,8 @@ from typing import Any
 
 from ..files.weights import write_atomically
 from ..measuring.scores_file import Scores
-from .published import COLUMNS, inserted, mean_ranks, printed_mean_ranks, published, real_pictures, table1
-from .statistics import Summary, by_category, by_gate, summarize
+from .published import COLUMNS, comparable, inserted, mean_ranks, printed_mean_ranks, published, real_pictures, table1
+from .statistics import Difference, Summary, by_category, by_gate, difference, summarize
 
 SECOND_SET = ("CLIP-T (L/14)", "CLIP-I (L/14)", "DINO-I (DINOv2)")
 CALIBRATION = "calibration"  # key of a run's header: column -> cosine of real pictures with other real ones
@@ -44,11 +45,22 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """Two runs on the same pictures: `first` minus `second`, by column."""
+
+    first: str
+    second: str
+    scores: Mapping[str, Difference]
+
+
+@dataclass(frozen=True)
 class Comparison:
     columns: Mapping[str, str]  # column -> model
     ranked: tuple[str, ...]  # columns of mRank
     lines: tuple[Line, ...]
     table_1: Mapping[str, float]  # published method -> its mRank in the table with these runs inserted; may be empty
+    placed_by: tuple[str, ...]  # columns of table_1's mRanks: those that compare with published scores
+    differences: tuple[Contrast, ...]  # of every two runs
     calibration: Mapping[str, float]
     notes: tuple[str, ...]  # what a reader has to know about the ranks
 
@@ -77,7 +89,16 @@ def compare(
     means = {label: {c: line[c].mean for c in ranked} for label, line in zip(labels, scores, strict=True)}
     is_mini = any(str(run.header.get("benchmark", "")).startswith(MINI_WORLD) for run in runs)
     ranks = mean_ranks(means, ranked) if ranked else {}
-    places = inserted({_ours(label): line for label, line in means.items()}, ranked) if ranked and not is_mini else {}
+    placed_by = () if is_mini else comparable(columns, ranked)
+    places = inserted({_ours(label): line for label, line in means.items()}, placed_by) if placed_by else {}
+    contrasts = tuple(
+        Contrast(
+            labels[i],
+            labels[j],
+            {c: difference(rows[i], rows[j], c) for c in columns if c in scores[i] and c in scores[j]},
+        )
+        for i, j in itertools.combinations(range(len(runs)), 2)
+    )
     lines = tuple(
         Line(
             run.method,
@@ -101,8 +122,10 @@ def compare(
         ranked,
         lines,
         {method: places[method] for method in table1()} if places else {},
+        placed_by,
+        contrasts,
         calibration,
-        tuple(_notes(ranked, [run.method for run in runs], labels, is_mini)),
+        tuple(_notes(ranked, placed_by, [run.method for run in runs], labels, is_mini)),
     )
 
 
@@ -121,14 +144,18 @@ def _gate(run: Scores, gates: Mapping[str, float]) -> float | None:
         raise ValueError(f"{run.method} has no pictures; score it again.")
     if any(row.gate is None for row in run.rows) and run.gates:
         raise ValueError(f"{run.method} has pictures with and without a gate; score it again.")
-    wanted = gates.get(run.method)
+    return nearest_gate(run.method, run.gates, gates.get(run.method), _knob(run))
+
+
+def nearest_gate(method: str, swept: Sequence[float], wanted: float | None, knob: str = "gate") -> float | None:
+    """The wanted one of a sweep (in rising order), or the one nearest the middle of its range; None without a sweep."""
     if wanted is None:
-        middle = sum(run.gates[:1] + run.gates[-1:]) / 2
-        return min(run.gates, key=lambda gate: (abs(gate - middle), gate), default=None)
-    found = [gate for gate in run.gates if abs(gate - wanted) < 1e-6]
+        middle = sum((*swept[:1], *swept[-1:])) / 2
+        return min(swept, key=lambda gate: (abs(gate - middle), gate), default=None)
+    found = [gate for gate in swept if abs(gate - wanted) < 1e-6]
     if not found:
-        swept = ", ".join(f"{gate:g}" for gate in run.gates) or "none"
-        raise ValueError(f"{run.method} was not scored at {_knob(run)} {wanted:g}; choose one of: {swept}.")
+        there = ", ".join(f"{gate:g}" for gate in swept) or "none"
+        raise ValueError(f"{method} was not scored at {knob} {wanted:g}; choose one of: {there}.")
     return found[0]
 
 
@@ -181,7 +208,9 @@ def _picture(key: tuple[str, str, int]) -> str:
     return f"{key[0]} / {key[1]} / {key[2]}"
 
 
-def _notes(ranked: Sequence[str], names: Sequence[str], labels: Sequence[str], is_mini: bool) -> Iterable[str]:
+def _notes(
+    ranked: Sequence[str], placed_by: Sequence[str], names: Sequence[str], labels: Sequence[str], is_mini: bool
+) -> Iterable[str]:
     if not ranked:
         yield f"No mRank: the runs share none of {', '.join(COLUMNS)}."
         return
@@ -195,6 +224,11 @@ def _notes(ranked: Sequence[str], names: Sequence[str], labels: Sequence[str], i
         yield "A run with several gates takes part with one of them, which its name says."
     if is_mini:
         yield "Runs of the mini world are not placed in the paper's Table 1: its judges are not CLIP and DINO."
+    elif other := [column for column in ranked if column not in placed_by]:
+        yield (
+            f"{', '.join(other)} {'was' if len(other) == 1 else 'were'} scored with files that do not compare with published "
+            "scores, so no run is placed in the paper's Table 1 by that."
+        )
 
 
 def _ours(label: str) -> str:
@@ -222,6 +256,7 @@ def to_markdown(comparison: Comparison) -> str:
     parts = [
         ["# Scores", _models(comparison)],
         ["## These runs", _runs(comparison), *map(_line, comparison.notes), _legend(), *_missing(comparison)],
+        _differences(comparison),
         _in_table_1(comparison),
         _parts(comparison, "## By category", "category", lambda line: line.by_category),
         _parts(comparison, "## By gate", "gate", lambda line: line.by_gate),
@@ -253,12 +288,34 @@ def _missing(comparison: Comparison) -> list[str]:
     return ["Not available:\n\n" + "\n".join(shown)] if shown else []
 
 
+def _differences(comparison: Comparison) -> list[str]:
+    if not comparison.differences:
+        return []
+    rows = [
+        [f"{one.first} − {one.second}", *(_difference(one.scores.get(column)) for column in comparison.columns)]
+        for one in comparison.differences
+    ]
+    return [
+        "## Differences",
+        _table(["methods", *comparison.columns], rows),
+        "Cells: mean difference [paired 95 % bootstrap interval: each resample holds the same subjects for both]; bold where the interval leaves out 0.",
+    ]
+
+
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return "–"
+    text = f"{found.mean:+.3f}" + (f" [{found.low:+.3f}, {found.high:+.3f}]" if found.low is not None else "")
+    return f"**{text}**" if found.clear else text
+
+
 def _in_table_1(comparison: Comparison) -> list[str]:
     if not comparison.table_1:
         return []
     printed, published_scores = printed_mean_ranks(), table1()
     ours = [
-        (line.placed, [f"**{_ours(line.label)}**", _rank(line.placed), "–", *_means(line)]) for line in comparison.lines
+        (line.placed, [f"**{_ours(line.label)}**", _rank(line.placed), "–", *_means(comparison, line)])
+        for line in comparison.lines
     ]
     theirs = [
         (rank, [name, _rank(rank), _rank(printed[name]), *(f"{published_scores[name][c]:.3f}" for c in COLUMNS)])
@@ -271,7 +328,7 @@ def _in_table_1(comparison: Comparison) -> list[str]:
         "## In the paper's Table 1",
         _table(["method", f"mRank among these {total}", "mRank as published", *COLUMNS], rows),
         (
-            f"mRank among these {total} is the mean rank over {', '.join(comparison.ranked)}; every run that is added shifts "
+            f"mRank among these {total} is the mean rank over {', '.join(comparison.placed_by)}; every run that is added shifts "
             "the published rows, whose own mRank is over all five. Scores from models, pictures and settings that differ do not compare: read this as where the "
             "numbers would stand, not as a contest."
         ),
@@ -280,8 +337,10 @@ def _in_table_1(comparison: Comparison) -> list[str]:
     ]
 
 
-def _means(line: Line) -> list[str]:
-    return [f"{line.scores[column].mean:.3f}" if column in line.scores else "–" for column in COLUMNS]
+def _means(comparison: Comparison, line: Line) -> list[str]:
+    """What does not compare with the published numbers is not put below them."""
+    shown = comparable({column: comparison.columns[column] for column in line.scores})
+    return [f"{line.scores[column].mean:.3f}" if column in shown else "–" for column in COLUMNS]
 
 
 def _parts(comparison: Comparison, title: str, name: str, parts: Any) -> list[str]:
@@ -390,6 +449,11 @@ def to_csv(comparison: Comparison) -> str:
         for part, rank in (("all", line.rank), ("with Table 1", line.placed)):
             if rank is not None:
                 writer.writerow({**about, "part": part, "column": "mRank", "mean": rank})
+    for one in comparison.differences:
+        for column, found in one.scores.items():
+            about = {"method": one.first, "part": "difference", "name": one.second, "column": column}
+            numbers = {"mean": found.mean, "low": found.low, "high": found.high}
+            writer.writerow({**about, "model": comparison.columns[column], **numbers})
     for method, rank in comparison.table_1.items():
         for column in COLUMNS:
             value = table1()[method][column]

@@ -259,7 +259,7 @@ def test_small_pictures_keep_their_pixels(tmp_path):
 
 
 def test_a_sheet_that_cannot_be_made_says_so(tmp_path, pictures):
-    with pytest.raises(ValueError, match="dog 00 has 2 pictures for 3 gates"):
+    with pytest.raises(ValueError, match="dog 00 has 2 pictures for 3 columns"):
         figures.gate_sheet(pictures, (0.0, 0.5, 1.0), tmp_path / "sheet.png")
     with pytest.raises(ValueError, match="at least one case"):
         figures.gate_sheet([], (0.0,), tmp_path / "sheet.png")

@@ -310,6 +310,8 @@ def test_strengths_are_swept_and_no_values_keep_the_workflows_gate(
         ("", "0, 1.5")
     }
     assert header(tmp_path / "a")["strengths"] == [0.0, 1.5] and "gates" not in header(tmp_path / "a")
+    # one adapter alone: its scale would be 0.6 of the strength at the workflow's own gate
+    assert {prompt["8"]["inputs"]["gate"] for prompt in fake.prompts} == {1.0} and header(tmp_path / "a")["gate"] == 1.0
     assert "gate_1.50/tgt_image/cat-00-0.png" in pictures(tmp_path / "a")
     generate(benchmark_of_four, tmp_path / "b", [fake.url], **common)
     assert pictures(tmp_path / "b")[0] == "tgt_image/cat-00-0.png"

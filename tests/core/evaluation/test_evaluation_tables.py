@@ -16,8 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexip_core.evaluation.published import COLUMNS, mean_ranks, table1
-from flexip_core.evaluation.statistics import by_category, by_gate, interval, real_against_real, summarize
+from flexip_core.evaluation.published import COLUMNS, NOT_COMPARABLE, mean_ranks, table1
+from flexip_core.evaluation.statistics import by_category, by_gate, difference, interval, real_against_real, summarize
 from flexip_core.evaluation.tables import compare, to_csv, to_json, to_markdown, write_tables
 from flexip_core.measuring.scores_file import Row, Scores
 
@@ -55,6 +55,42 @@ def run(
 def test_mean_and_spread_are_over_pictures() -> None:
     summary = summarize([row("a", 1.0), row("a", 2.0, 1), row("b", 6.0)], "DINO-I")
     assert (summary.mean, summary.std, summary.images, summary.subjects) == (3.0, pytest.approx(7**0.5), 3, 2)
+
+
+def test_a_difference_is_paired_so_hard_subjects_cancel() -> None:
+    generator = np.random.default_rng(0)
+    hard = generator.normal(0, 1, 12)  # subjects differ far more than the methods
+    lead = generator.normal(0.05, 0.02, 12)
+    ours = [row(f"s{n:02d}", hard[n] + lead[n]) for n in range(12)]
+    theirs = [row(f"s{n:02d}", hard[n]) for n in range(12)]
+    found = difference(ours, theirs[::-1], "DINO-I")
+    assert found.mean == pytest.approx(lead.mean()) and found.clear
+    assert (found.low, found.high) == pytest.approx(interval(lead, np.ones(12)))  # of the differences themselves
+    alone = summarize(ours, "DINO-I")
+    assert alone.high - alone.low > 10 * (found.high - found.low)
+    turned = difference(theirs, ours, "DINO-I")
+    assert (turned.mean, turned.low, turned.high) == pytest.approx((-found.mean, -found.high, -found.low), abs=1e-12)
+    with pytest.raises(ValueError, match="needs the same pictures of both methods"):
+        difference(ours, theirs[1:], "DINO-I")
+
+
+def test_two_runs_get_their_difference_and_columns_that_do_not_compare_are_not_placed() -> None:
+    found = compare([run("A", 0.6), run("B", 0.5)])
+    (one,) = found.differences
+    assert (one.first, one.second) == ("A", "B") and one.scores["DINO-I"].mean == pytest.approx(0.1)
+    assert "| A − B | **+0.100 [+0.100, +0.100]** |" in to_markdown(found)
+    assert found.placed_by == COLUMNS and found.table_1
+
+    models = {**MODELS, "CLIP-I": f"small, {NOT_COMPARABLE} with scores by CLIP"}
+    some = compare([run("A", 0.6, models=models), run("B", 0.5, models=models)])
+    assert some.ranked == COLUMNS and "CLIP-I" not in some.placed_by and some.table_1
+    assert "CLIP-I was scored with files that do not compare" in to_markdown(some)
+    table = to_markdown(some).split("## In the paper's Table 1")[1]
+    ours = next(line for line in table.splitlines() if "A (this run)" in line).split("|")
+    assert [ours[4 + i].strip() for i, c in enumerate(COLUMNS)].count("–") == 1
+    none = compare([run("A", models={c: f"x, {NOT_COMPARABLE}" for c in COLUMNS})])
+    assert none.ranked == COLUMNS and not none.placed_by and not none.table_1
+    assert "In the paper's Table 1" not in to_markdown(none)
 
 
 def test_one_subject_has_no_interval_and_one_picture_no_spread() -> None:
@@ -251,7 +287,7 @@ def full() -> Scores:
 
 def test_every_markdown_table_is_rectangular_whatever_names_hold() -> None:
     found = tables_in(to_markdown(compare([full(), run("b")])))
-    assert len(found) == 5  # runs, Table 1, categories, gates, calibration
+    assert len(found) == 6  # runs, differences, Table 1, categories, gates, calibration
     for table in found:
         assert {len(line) for line in table} == {len(table[0])} and set(table[1]) == {"---"}
 
