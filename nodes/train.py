@@ -300,7 +300,7 @@ def standing(background: Any, folder: Path, cfg: Any, adapters: Path) -> str | N
     if known is None:
         return None
     found = background.status(folder)
-    if known.steps != cfg.steps or background.changed_settings(known, cfg):
+    if known.steps != cfg.steps or background.changed_settings(known, cfg, every=True):
         return None
     if found.state in ("starting", "running"):
         return f"{folder.name} is being trained; look at it with FlexIP Training Status.\n{found.text()}"

@@ -1,6 +1,7 @@
 """FlexIP's checkpoint: one safetensors file whose metadata rebuilds the network (format version 1).
 
-Metadata: `flexip.format` = "1" and `flexip.config` = JSON of FlexIPConfig. Tensors: `preservation.*`, `personalization.*`,
+Metadata: `flexip.format` = "1", `flexip.config` = JSON of FlexIPConfig, and maybe `flexip.about` = JSON of where the weights come from,
+which no reader needs. Tensors: `preservation.*`, `personalization.*`,
 `blocks.<address>.<adapter>.to_k.weight` with ComfyUI's block addresses. Reading is strict.
 """
 
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,11 +20,13 @@ from safetensors.torch import save
 
 from ..network.adapters import FlexIPNetwork
 from ..network.config import FlexIPConfig, deeper_than
+from .parse import parse_json
 from .weights import Header, name_of, one_line, read_header, read_weights, write_atomically
 
 FORMAT = "1"
 FORMAT_KEY = "flexip.format"
 CONFIG_KEY = "flexip.config"
+ABOUT_KEY = "flexip.about"
 _LARGEST = 65536  # of all widths and counts in a config
 _ADDRESS = re.compile(r"(input|middle|output)\.\d{1,4}\.\d{1,4}")
 
@@ -31,12 +35,37 @@ def is_flexip(header: Header) -> bool:
     return FORMAT_KEY in header.metadata
 
 
-def save_checkpoint(network: FlexIPNetwork, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-    """Written beside `path` first and moved into place, so that a file with the final name is always whole."""
+def save_checkpoint(
+    network: FlexIPNetwork,
+    path: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Written beside `path` first and moved into place, so that a file with the final name is always whole.
+
+    `about`: anything that JSON holds. ValueError for weights that `dtype` cannot hold.
+    """
     tensors = {key: value.detach().to(dtype=dtype).contiguous().cpu() for key, value in network.state_dict().items()}
     metadata = {FORMAT_KEY: FORMAT, CONFIG_KEY: json.dumps(network.cfg.to_dict(), sort_keys=True)}
+    if about is not None:
+        metadata[ABOUT_KEY] = json.dumps(about, sort_keys=True)
+    if lost := [
+        key
+        for key, value in network.state_dict().items()
+        if value.isfinite().all() and not tensors[key].isfinite().all()
+    ]:
+        raise ValueError(f"{name_of(path)}: {lost[0]} has values that {dtype} cannot hold; write it in full precision.")
     # through memory: safetensors' save_file makes files that only their owner can read
     write_atomically(path, save(tensors, metadata=metadata))
+
+
+def about(path: str | os.PathLike) -> dict[str, Any]:
+    """What the file says of where its weights come from; {} if it says nothing that can be read."""
+    try:
+        found = parse_json(read_header(path).metadata.get(ABOUT_KEY, "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def load_checkpoint(path: str | os.PathLike, operations: Any = nn) -> FlexIPNetwork:

@@ -21,9 +21,9 @@ import tempfile
 from pathlib import Path
 
 from ..files.weights import write_atomically
-from .background import CONFIG, STOP, locked, refuse_overwriting
+from .background import CONFIG, STOP, locked, read_config_of, refuse_overwriting
 from .base import Task
-from .checkpointing import export, states
+from .checkpointing import config_of, export, states
 from .config import TrainConfig, read_config
 from .delivery import deliver, refuse_foreign
 from .importers import KINDS, WAYS, import_data
@@ -75,6 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     one = command(export_, "write the adapters of a run's newest state as a file for ComfyUI", "folder", "file")
     one.add_argument("--last", action="store_true", help="the last weights instead of the averaged ones")
+    one.add_argument("--half", action="store_true", help="float16: half the size (in a config: half = true)")
 
     one = command(memory, "count what one GPU has to hold")
     one.add_argument(
@@ -143,7 +144,7 @@ def run(options: argparse.Namespace) -> None:
                 (folder / STOP).unlink(missing_ok=True)
             if done and options.export and ranks.first:
                 best = folder / BEST if (folder / BEST).exists() else folder / FINAL
-                deliver(folder, best.read_bytes(), options.export)
+                deliver(folder, best, options.export, cfg)
                 logging.info("The adapters are in %s.", options.export)
 
 
@@ -155,7 +156,8 @@ def export_(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / options.file.name
         export(found[-1], made, "weights" if options.last else "average")
-        deliver(options.folder, made.read_bytes(), options.file)
+        cfg = read_config_of(options.folder) or TrainConfig.from_dict(config_of(found[-1]))
+        deliver(options.folder, made, options.file, dataclasses.replace(cfg, half=cfg.half or options.half))
 
 
 def memory(options: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from ..files.parse import parse_json, read_json
 from ..files.weights import one_line, write_atomically
-from .checkpointing import changed, config_of, states
+from .checkpointing import MAY_TURN, changed, config_of, states
 from .config import TrainConfig
 from .delivery import has_trained, refuse_foreign
 from .loop import FINAL, LOG
@@ -103,7 +103,7 @@ def refuse(cfg: TrainConfig, export: Path | None = None) -> None:
     folder = Path(cfg.folder)
     if is_running(folder):
         known = read_config_of(folder)
-        other = changed_settings(known, cfg) if known else ""
+        other = changed_settings(known, cfg, every=True) if known else ""
         how = f", with other settings ({other})" if other else ""
         raise ValueError(f"The run {folder.name} is being trained already{how}; look at it, or stop it first.")
     refuse_overwriting(cfg, export)
@@ -129,7 +129,7 @@ def refuse_overwriting(cfg: TrainConfig, export: Path | None = None) -> None:
             raise ValueError(
                 f"{folder} holds trained adapters, and nothing says with which settings; choose another folder, or move them away."
             )
-        other = changed_settings(known, cfg)
+        other = changed_settings(known, cfg, every=not found)
         if not other and not found and known.steps != cfg.steps:
             other = f"steps: {known.steps} there, {cfg.steps} now, and no state to go on from"
         if other:
@@ -212,9 +212,9 @@ def read_config_of(folder: Path) -> TrainConfig | None:
         raise ValueError(f"{path} is damaged ({error}); give the run another name.") from None
 
 
-def changed_settings(old: TrainConfig, new: TrainConfig) -> str:
-    """What differs and must not in one run, with both values; "" if the run can go on."""
-    found = changed(old.to_dict(), new.to_dict())
+def changed_settings(old: TrainConfig, new: TrainConfig, every: bool = False) -> str:
+    """What differs and must not in one run, with both values; "" if the run can go on. `every`: also what may from a step on."""
+    found = [one for one in changed(old.to_dict(), new.to_dict()) if every or not one[0].startswith(MAY_TURN)]
     if new.steps < old.steps:
         found.append(("steps", old.steps, new.steps))
     return ", ".join(f"{name}: {was} there, {now} now" for name, was, now in found)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .base import Base, Text
-from .choice import DEFAULTS, MEMORY, Choice, Loader, check_size
+from .choice import DEFAULTS, MEMORY, Choice, Loader, Redraw, check_size
 from .data import ALL, INVARIANT, VARIANT, Batch, Captions
 from .dataset import DataSet, part_of, phrases_of
 from .entries import KEPT, Contents, Entries, Memo, Names, check_identity, kinds_of
@@ -52,6 +52,7 @@ class CachedSource:
         self.patches = self._check()
         memo.save()
         self.load = Loader(data.store, size, memory)
+        self._readable = Redraw(self.choice.files())
         self._workers = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), "pictures")
 
     def _check(self) -> bool:
@@ -82,21 +83,25 @@ class CachedSource:
     def batch(self, kinds: torch.Tensor, generator: torch.Generator, rows: slice = ALL) -> Batch:
         draws = torch.rand(len(kinds), 4, generator=generator, dtype=torch.float64)
         kinds = kinds[rows]
-        latents, captions, used = [], [], []
-        for kind, row in zip(kinds.tolist(), draws[rows].tolist()):
-            shown, other = self.choice(kind, row[:3])
-            content, masked = self._contents(other)
-            cuts = self._cuts[kind, masked]
-            used.append((other, content, cuts[int(row[3] * len(cuts))]))
-            latents.append(self.entries[self.names.latents(self._contents(shown)[0])])
-            captions.append(phrases_of(self.data.caption(shown)))
-        references = {}
-        for entry in ("cls", "patches") if self.patches else ("cls",):
-            references[entry] = torch.stack([self.entries[self.names.feature(entry, c, cut)] for _, c, cut in used])
+        made = list(self._workers.map(self._row, kinds.tolist(), draws[rows].tolist()))
+        latents, captions, references = zip(*made)
+        stacked = {name: torch.stack([own[name] for own in references]) for name in references[0]}
+        return Batch(torch.stack(latents), stacked, list(captions), kinds)
+
+    def _row(self, kind: int, draws: list[float]) -> tuple[torch.Tensor, tuple[str, ...], dict[str, torch.Tensor]]:
+        """Latent, caption, and what is kept of the reference; its picture where patches are not."""
+        return self._readable(lambda draws: self._made(kind, draws), draws)
+
+    def _made(self, kind: int, draws: list[float]) -> tuple[torch.Tensor, tuple[str, ...], dict[str, torch.Tensor]]:
+        shown, other = self.choice(kind, draws[:3])
+        content, masked = self._contents(other)
+        cuts = self._cuts[kind, masked]
+        cut = cuts[int(draws[3] * len(cuts))]
+        kept = ("cls", "patches") if self.patches else ("cls",)
+        own = {entry: self.entries[self.names.feature(entry, content, cut)] for entry in kept}
         if not self.patches:
-            made = self._workers.map(lambda use: reference(self.load(use[0]), use[2], self.size), used)
-            references["pictures"] = torch.stack(list(made))
-        return Batch(torch.stack(latents), references, captions, kinds)
+            own["pictures"] = reference(self.load(other), cut, self.size)
+        return self.entries[self.names.latents(self._contents(shown)[0])], phrases_of(self.data.caption(shown)), own
 
 
 class CachedBase:

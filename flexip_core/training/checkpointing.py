@@ -7,6 +7,7 @@ function of (seed, step), and the number of ranks changes nothing, so a run may 
 
 from __future__ import annotations
 
+import dataclasses
 import filecmp
 import json
 import os
@@ -25,6 +26,7 @@ from ..files.parse import parse_json
 from ..files.weights import name_of, read_header, read_tensors, write_atomically
 from ..network.adapters import FlexIPNetwork
 from ..network.config import FlexIPConfig
+from .config import TrainConfig
 from .ranks import TrainingError
 
 FORMAT = "1"
@@ -32,9 +34,21 @@ STATE_KEY = "flexip.training"
 _NAME = re.compile(r"state_(\d{8})\.safetensors")
 MAY_CHANGE = {
     *("steps", "folder", "device", "recompute", "log_every", "probe_every", "checkpoint_every", "keep"),
+    *("half", "license"),
     *(f"task.{name}" for name in ("cache", "workers", "memory", "probe_cases", "probe_steps", "probe_cfg")),
 }
 """Settings that a resumed run may have different: they change none of the steps done so far, or (a cache) nothing that matters."""
+
+MAY_TURN = ("precision", "batch", "mix", "loss_weight", "min_snr_gamma", "gates.", "dropout.", "optimizer.", "ema.")
+"""Settings, and beginnings of such, that a resumed run may have different from its next step on; it says so."""
+
+Change = tuple[str, Any, Any]  # a setting's name, such as "task.dino", and both values
+_LEFTOVER = re.compile(r".+\.\d+\.tmp")  # of files.weights.write_atomically
+
+
+_DEFAULTS = {
+    f.name: f.default for f in dataclasses.fields(TrainConfig) if isinstance(f.default, (bool, int, float, str, tuple))
+}
 
 
 @dataclass
@@ -77,10 +91,22 @@ def save_state(
     about = {"format": FORMAT, "progress": vars(progress), "config": config, "network": network.to_dict()}
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     check_room(path.parent, sum(value.nbytes for value in tensors.values()))
-    write_atomically(path, save(tensors, metadata={STATE_KEY: json.dumps(about, sort_keys=True)}))
+    try:
+        write_atomically(path, save(tensors, metadata={STATE_KEY: json.dumps(about, sort_keys=True)}))
+    except OSError as error:
+        raise TrainingError(
+            f"{path} could not be written ({error}); the states before it are whole. Make room, then go on from the last one."
+        ) from error
     for old in states(folder)[:-keep]:
         old.unlink()
     return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a killed process left half written in the run's folder; only for who holds its lock."""
+    for path in folder.glob("*.tmp"):
+        if _LEFTOVER.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def check_room(folder: Path, size: int) -> None:
@@ -100,10 +126,16 @@ def states(folder: str | os.PathLike) -> list[Path]:
 
 def read_state(
     path: str | os.PathLike, config: dict[str, Any], network: FlexIPConfig
-) -> tuple[Progress, dict[str, torch.Tensor]]:
-    """Refused in one sentence: a file that is no state, of another format, or of a run with other settings."""
+) -> tuple[Progress, dict[str, torch.Tensor], list[Change]]:
+    """Besides what the state holds, which settings the run now has different from it.
+
+    Refused in one sentence: a file that is no state, of another format, or of a run with settings that must stay.
+    """
     about = _about(path)
-    for setting, old, new in changed(about["config"], config):
+    changes = changed(about["config"], config)
+    for setting, old, new in changes:
+        if setting.startswith(MAY_TURN):
+            continue
         raise ValueError(
             f"{name_of(path)} was written with {setting} = {old!r}, the config now says {new!r}; "
             "put it back, or start a new run in another folder."
@@ -116,7 +148,7 @@ def read_state(
     progress = about["progress"]
     if not _is_progress(progress):
         raise ValueError(f"{name_of(path)} is damaged: its progress is not readable; resume from an older state.")
-    return Progress(**progress), read_tensors(path)
+    return Progress(**progress), read_tensors(path), changes
 
 
 def _is_progress(found: Any) -> bool:
@@ -152,9 +184,12 @@ def _about(path: str | os.PathLike) -> dict[str, Any]:
     return about
 
 
-def changed(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Settings of two configs that differ and must not in one run: the name, such as "task.dino", and both values."""
-    before, after = _flat(old), _flat(new)
+def changed(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
+    """Settings of two configs that differ and matter. Those of MAY_TURN may in one run, others must not.
+
+    A setting that `old` does not know, because an older version wrote it, was as its default.
+    """
+    before, after = {**_flat(_DEFAULTS), **_flat(old)}, _flat(new)
     told = bool(old.get("task") and new.get("task"))  # not where a program gives base and data itself
     found = []
     for name in sorted(before.keys() | after.keys()):
@@ -235,10 +270,11 @@ def load_into(
 
 def export(state: str | os.PathLike, path: str | os.PathLike, part: str = "average") -> None:
     """A FlexIP checkpoint for ComfyUI from a training state: its averaged weights, or the last ones (`part` "weights")."""
-    config = FlexIPConfig.from_dict(_about(state)["network"])
+    known = _about(state)
+    config = FlexIPConfig.from_dict(known["network"])
     prefix = f"{part}."
     tensors = {key.removeprefix(prefix): value for key, value in read_tensors(state).items() if key.startswith(prefix)}
     with torch.device("meta"):
         network = FlexIPNetwork(config)
     network.load_state_dict(tensors, strict=True, assign=True)
-    save_checkpoint(network, path)
+    save_checkpoint(network, path, about={"steps": known["progress"]["step"], "weights": part})

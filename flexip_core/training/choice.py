@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import random
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +26,9 @@ from .pictures import (
 )
 from .stores import Store
 
+TRIES = 16  # draws for one row
+FEW, SHARE = 3, 0.01  # damaged files that a run bears: so many, or that share of all
+Row = TypeVar("Row")
 MEMORY = 2 * 2**30  # bytes of decoded pictures that are kept
 DEFAULTS = CutOptions()
 
@@ -85,6 +92,9 @@ class Choice:
     def pictures(self) -> int:
         return sum(len(group.views) for group in self.loose)
 
+    def files(self) -> int:
+        return len({view.file for group in (*self.subjects, *self.loose) for view in group.views})
+
     def __call__(self, kind: int, draws: list[float]) -> tuple[View, View]:
         """Target and reference from three numbers in 0..1."""
         variant = kind == VARIANT
@@ -98,6 +108,43 @@ class Choice:
         if not variant:
             return views[first], views[first]
         return views[first], views[(first + 1 + int(draws[2] * (len(views) - 1))) % len(views)]
+
+
+class Redraw:
+    """Makes rows of a batch, and draws a row again where a picture in it cannot be read, so that one file does not end a run.
+
+    What is drawn instead depends on the row's draws alone: the other rows stay as they are, and a resumed run draws the same.
+    """
+
+    def __init__(self, files: int):
+        self.most = max(FEW, int(SHARE * files))
+        self.damaged: set[str] = set()  # what was said of each
+        self._lock = threading.Lock()
+
+    def __call__(self, make: Callable[[list[float]], Row], draws: list[float]) -> Row:
+        """`make` the row from draws. Its own error where nothing can be read; ValueError where too many files are damaged."""
+        again = random.Random(repr(draws))
+        for _ in range(TRIES):
+            try:
+                return make(draws)
+            except (ValueError, OSError) as error:
+                failed = error
+                self._count(str(error))
+            draws = [again.random() for _ in draws]
+        raise failed
+
+    def _count(self, said: str) -> None:
+        with self._lock:
+            if said in self.damaged:
+                return
+            self.damaged.add(said)
+            number = len(self.damaged)
+        if number > self.most:
+            raise ValueError(
+                f"{number} files of the training data could not be read, more than {self.most}; the last: {said} The command `check` "
+                "names them all."
+            )
+        logging.warning("%s Another one is drawn in its place (%d of at most %d such files).", said, number, self.most)
 
 
 def _cumulative(weights: list[float]) -> torch.Tensor:

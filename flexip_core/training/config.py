@@ -140,6 +140,8 @@ class TrainConfig:
     probe_every: int = 500
     checkpoint_every: int = 500
     keep: int = 2  # newest states kept
+    half: bool = False  # the adapters that are exported: float16 instead of float32
+    license: str = ""  # of the adapters, as their file and its model card say it
     gates: GateConfig = GateConfig()
     dropout: DropoutConfig = DropoutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
+import torch
+
+from ..files.checkpoint import about, load_checkpoint, save_checkpoint
 from ..files.parse import read_json
 from ..files.weights import write_atomically
 from .checkpointing import states
+from .config import TrainConfig
 from .loop import BEST, FINAL
+from .provenance import model_card, provenance
 
 DELIVERED = "delivered.json"  # in the run's folder: the SHA-256 of every adapters file that it wrote elsewhere
 
@@ -31,9 +37,23 @@ def refuse_foreign(folder: Path, target: Path) -> None:
         )
 
 
-def deliver(folder: Path, adapters: bytes, target: Path) -> None:
-    """Writes adapters of the run of `folder` to `target`. ValueError as `refuse_foreign`: the file may have come meanwhile."""
+def deliver(folder: Path, adapters: Path, target: Path, cfg: TrainConfig) -> None:
+    """Writes adapters of the run of `folder`, which `cfg` trained, to `target`, and their model card beside it.
+
+    ValueError as `refuse_foreign`: the file may have come meanwhile.
+    """
     refuse_foreign(folder, target)
+    known = provenance(cfg, about(adapters))
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / target.name
+        save_checkpoint(load_checkpoint(adapters), made, torch.float16 if cfg.half else None, known)
+        _write(folder, made.read_bytes(), target)
+    card = target.with_suffix(".md")
+    if not card.exists():  # somebody may have written in it
+        write_atomically(card, model_card(target.stem, known, cfg.half).encode())
+
+
+def _write(folder: Path, adapters: bytes, target: Path) -> None:
     known = [*_delivered(folder), hashlib.sha256(adapters).hexdigest()]
     # before the file itself: whatever ends the process in between, the run knows what is its own
     write_atomically(folder / DELIVERED, json.dumps(list(dict.fromkeys(known))).encode())

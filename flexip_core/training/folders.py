@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from .choice import DEFAULTS, MEMORY, Choice, Loader, check_size
+from .choice import DEFAULTS, MEMORY, Choice, Loader, Redraw, check_size
 from .data import ALL, Batch
 from .dataset import DataSet, phrases_of
 from .pictures import CUT_DRAWS, CutOptions, draw_cut, reference, target
@@ -34,6 +34,7 @@ class FolderPairs:
         self.data, self.size, self.options, self.flip = data, size, options, flip
         self.choice = Choice(data)
         self.load = Loader(data.store, size, memory)
+        self._readable = Redraw(self.choice.files())
         self._workers = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), "pictures")
 
     def views(self) -> dict[str, int]:
@@ -50,6 +51,9 @@ class FolderPairs:
         return Batch(torch.stack(targets), torch.stack(references), list(captions), kinds)
 
     def row(self, kind: int, draws: list[float]) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
+        return self._readable(lambda draws: self._row(kind, draws), draws)
+
+    def _row(self, kind: int, draws: list[float]) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
         shown, other = self.choice(kind, draws[:3])
         flip = draws[-1] < self.flip
         picture = self.load(shown)

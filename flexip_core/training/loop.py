@@ -10,8 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +27,16 @@ from ..network.adapters import FlexIPNetwork
 from ..network.config import FlexIPConfig
 from ..network.gate import Numbers
 from .base import Base, Probe, Text
-from .checkpointing import Progress, check_room, load_into, read_state, save_state, state_tensors, states
+from .checkpointing import (
+    Progress,
+    check_room,
+    load_into,
+    read_state,
+    remove_leftovers,
+    save_state,
+    state_tensors,
+    states,
+)
 from .config import DropoutConfig, GateConfig, TrainConfig
 from .data import INVARIANT, VARIANT, Batch, PairSource, check_source, drop_phrases
 from .losses import Meter, add_noise, min_snr_weights, noise_loss
@@ -44,6 +51,7 @@ from .optim import (
 )
 from .ranks import Ranks, TrainingError
 from .recompute import set_recompute
+from .stopping import asked_to_stop
 
 LOG, BEST, FINAL = "log.jsonl", "best.safetensors", "final.safetensors"
 
@@ -110,15 +118,18 @@ class Trainer:
             self.timestep_weights = min_snr_weights(base.alphas_cumprod, cfg.min_snr_gamma)
         self.meter = Meter(self.device)
         self.progress = Progress()
+        self._saved = 0  # the newest state's step
+        self._whole_step = True  # False while weights, moments and average are of two steps
         average = self.average.get_parameter
         self._pairs = [average(key) for key in self.parameters], list(self.parameters.values())
 
     def run(self, resume: bool = False, should_stop: Callable[[], bool] | None = None) -> bool:
         """All steps that are left; True when done, False when a signal or `should_stop` ended it after saving the state."""
         self.start(resume)
-        with _asked_to_stop() as asked:
+        with asked_to_stop() as asked:
             while self.progress.step < self.cfg.steps:
-                self.advance()
+                with self._kept_on_error():
+                    self.advance()
                 unfinished = self.progress.step < self.cfg.steps
                 stop = unfinished and (asked.is_set() or (should_stop is not None and should_stop()))
                 if self.ranks.any(stop):
@@ -128,8 +139,22 @@ class Trainer:
                     return False
         with self.ranks.together():
             if self.ranks.first:
-                save_checkpoint(self.average, self.folder / FINAL)
+                self._save_adapters(FINAL)
         return True
+
+    @contextmanager
+    def _kept_on_error(self) -> Iterator[None]:
+        """Whatever goes wrong in a step, the steps before it are saved; the error itself goes on, also where that fails."""
+        try:
+            yield
+        except Exception:
+            if self.ranks.first and self._whole_step and self.progress.step > self._saved:
+                try:
+                    self.save()
+                    logging.info("The state after step %d is saved.", self.progress.step)
+                except (OSError, TrainingError) as error:
+                    logging.error("The state after step %d could not be saved: %s", self.progress.step, error)
+            raise
 
     @property
     def folder(self) -> Path:
@@ -159,7 +184,7 @@ class Trainer:
         kinds = draw_kinds(cfg.batch, cfg.mix, self._generator("kinds"))
         gates = draw_gates(kinds, cfg.gates, self._generator("gates"))
         self.optimizer.zero_grad(set_to_none=True)
-        with self.ranks.together():
+        with self.ranks.together(), _memory_said(number + 1):
             batch = self.source.batch(kinds, self._generator("pairs"), rows)
             losses, timesteps = self.losses(batch, gates[rows])
             loss = losses.mean()
@@ -171,9 +196,11 @@ class Trainer:
         norms = dict(zip(norms, values[1:]))
         self._check(values[0], norms, gates)
         lr = lr_at(number, cfg.steps, cfg.optimizer)
+        self._whole_step = False
         self._update(lr, math.hypot(*norms.values()))
         self.meter.add(losses, kinds.to(self.device), timesteps, len(self.timestep_weights))
         self.progress.step += 1
+        self._whole_step = True
         return Step(number, values[0], norms, lr)
 
     def losses(self, batch: Batch, gates: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,6 +253,10 @@ class Trainer:
             return
         tensors = state_tensors(self.network, self.average, self.parameters, self.optimizer, self.meter.sums)
         save_state(self.folder, tensors, self.progress, self.cfg.to_dict(), self.network.cfg, self.cfg.keep)
+        self._saved = self.progress.step
+
+    def _save_adapters(self, name: str) -> None:
+        save_checkpoint(self.average, self.folder / name, about={"steps": self.progress.step, "weights": "average"})
 
     def _state_size(self) -> int:
         """Bytes, but for some numbers: the network, its average, and two moments of what is trained."""
@@ -237,11 +268,13 @@ class Trainer:
         progress, tensors = Progress(), {}
         with self.ranks.together():
             if self.ranks.first:
-                progress, tensors = read_state(path, self.cfg.to_dict(), self.network.cfg)
+                progress, tensors, told = read_state(path, self.cfg.to_dict(), self.network.cfg)
+                for setting, old, new in told:
+                    logging.info("From step %d on %s is %s; it was %s.", progress.step + 1, setting, new, old)
         (path, progress), tensors = self.ranks.send((path, progress), tensors)
         with self.ranks.together():
             load_into(path, tensors, self.network, self.average, self.parameters, self.optimizer, self.meter.sums)
-        self.progress = progress
+        self.progress, self._saved = progress, progress.step
 
     def start(self, resume: bool = False) -> None:
         """Makes the run's folder ready and, if asked, goes back to its newest state."""
@@ -256,6 +289,7 @@ class Trainer:
                         "resume it with --resume or choose another folder."
                     )
                 self.folder.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(self.folder)
                 more = self.cfg.keep + 1 - len(found)  # the oldest goes after the newest has come
                 check_room(self.folder, self._state_size() * max(more, 1))
         if self.ranks.count > 1:
@@ -287,8 +321,9 @@ class Trainer:
         for what, value in (("loss", loss), *((f"gradient of the {name} adapter", norms[name]) for name in norms)):
             if not math.isfinite(value):
                 raise TrainingError(
-                    f"Step {number}: the {what} is {value}; nothing of this step was kept. Resume from the last state with a "
-                    "lower optimizer.lr or precision fp32, and look for pictures with damaged values."
+                    f"Step {number}: the {what} is {value}; nothing of this step was kept. Resume with a lower optimizer.lr, "
+                    'precision = "fp32" or another batch (with the same settings the same step comes again), and look for pictures with '
+                    "damaged values."
                 )
         for name, norm in norms.items():
             weighed = any(gate if name == "preservation" else 1 - gate for gate in gates)
@@ -330,7 +365,7 @@ class Trainer:
         best = self.progress.best_score is None or score > self.progress.best_score
         if best:
             self.progress.best_score, self.progress.best_step = score, self.progress.step
-            save_checkpoint(self.average, self.folder / BEST)
+            self._save_adapters(BEST)
         self._write({"step": self.progress.step, "probe": scores, "best": best})
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -371,22 +406,11 @@ def keep_log_up_to(path: Path, step: int) -> None:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    """SIGTERM and SIGINT set the event while it lasts; a second one ends the process as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    own = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop(number: int, frame: Any) -> None:
-        event.set()
-        signal.signal(number, own[number])
-
-    for number in own:
-        signal.signal(number, stop)
+def _memory_said(number: int) -> Iterator[None]:
     try:
-        yield event
-    finally:
-        for number, handler in own.items():
-            signal.signal(number, handler)
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"Step {number}: the device has too little memory ({str(error).splitlines()[0]}). Resume with recompute = true, precision = "
+            '"bf16", a smaller batch, or a cache; the command `memory` counts what each takes.'
+        ) from error

@@ -305,8 +305,8 @@ def test_other_settings_are_refused_and_named(place, cfg, monkeypatch):
     put_run(place, cfg, 3)
     (place.folder / "state_00000003.safetensors").touch()
     monkeypatch.setattr(background, "start", START)
-    with pytest.raises(ValueError, match=r"FlexIPTrain: .*begun with other settings \(batch: 2 there, 5 now\)"):
-        execute(batch=5)
+    with pytest.raises(ValueError, match=r"FlexIPTrain: .*begun with other settings \(seed: 7 there, 8 now\)"):
+        execute(seed=8)
 
 
 @pytest.fixture

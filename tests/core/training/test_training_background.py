@@ -108,12 +108,15 @@ def test_other_settings_are_refused_and_more_steps_are_not(tmp_path):
     cfg = config(tmp_path / "run", steps=5)
     assert background.changed_settings(cfg, dataclasses.replace(cfg, steps=9, device="cuda")) == ""
     assert background.changed_settings(cfg, dataclasses.replace(cfg, steps=4)) == "steps: 5 there, 4 now"
-    other = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, lr=0.5))
-    assert background.changed_settings(cfg, other) == f"optimizer.lr: {cfg.optimizer.lr} there, 0.5 now"
+    turned = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, lr=0.5))
+    assert background.changed_settings(cfg, turned) == ""
+    assert background.changed_settings(cfg, turned, every=True) == f"optimizer.lr: {cfg.optimizer.lr} there, 0.5 now"
+    other = dataclasses.replace(cfg, seed=8)
+    assert background.changed_settings(cfg, other) == f"seed: {cfg.seed} there, 8 now"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / background.CONFIG).write_text(json.dumps(cfg.to_dict()))
     (tmp_path / "run" / "state_00000001.safetensors").touch()
-    with pytest.raises(ValueError, match="begun with other settings .*lr"):
+    with pytest.raises(ValueError, match="begun with other settings .*seed"):
         start(other)
 
 

@@ -246,11 +246,35 @@ def test_a_mask_of_another_size_is_refused(tmp_path):
         make_source(root, SIZE).batch(kinds_of(INVARIANT), fakes.generator(0))
 
 
-def test_a_picture_that_went_away_is_named(tmp_path):
+def test_a_damaged_picture_is_drawn_again_counted_and_changes_no_other_row(tmp_path, caplog):
+    kinds = kinds_of(INVARIANT, 40)
+    whole = make_source(made.small_set(tmp_path), SIZE).batch(kinds, fakes.generator(0))
+    sources = [make_source(tmp_path, SIZE) for _ in range(3)]
+    (tmp_path / "invariant/tree.png").write_bytes(b"damaged since it was checked")
+    first, again = (source.batch(kinds, fakes.generator(0)) for source in sources[:2])
+    hit = torch.tensor([caption == ("a tree",) for caption in whole.captions])
+    assert 0 < hit.sum() < 40 and ("a tree",) not in first.captions
+    for name in ("targets", "references"):
+        ours, before = getattr(first, name), getattr(whole, name)
+        assert torch.equal(ours[~hit], before[~hit]) and torch.equal(ours, getattr(again, name))
+    told = [line for line in caplog.messages if "Another one is drawn" in line]
+    assert len(told) == 2 and "invariant/tree.png" in told[0] and "1 of at most 3" in told[0]  # once per source
+    part = sources[2].batch(kinds, fakes.generator(0), slice(10, 20))  # as one rank of four
+    assert torch.equal(part.targets, first.targets[10:20])
+
+
+def test_too_many_damaged_pictures_end_a_run(tmp_path):
     source = make_source(made.small_set(tmp_path), SIZE)
-    (tmp_path / "invariant/tree.png").unlink()
-    with pytest.raises(ValueError, match="invariant/tree.png in .* cannot be opened"):
+    for name in ("tree.png", "hill.jpg", "sea.png"):
+        (tmp_path / "invariant" / name).unlink()
+    with pytest.raises(ValueError, match="invariant/.* in .* cannot be opened"):
         source.batch(kinds_of(INVARIANT), fakes.generator(0))
+    for name in ("mug/a.png", "mug/b.png", "mug/c.jpg"):
+        (tmp_path / "variant" / name).unlink()
+    with pytest.raises(
+        ValueError, match="4 files of the training data could not be read, more than 3; the last: .*`check`"
+    ):
+        source.batch(kinds_of(VARIANT, 40), fakes.generator(0))
 
 
 def test_a_phones_jpeg_with_two_pictures_is_its_first(tmp_path):

@@ -19,8 +19,11 @@ from flexip_core.files import weights as weight_files
 from flexip_core.files.checkpoint import load_checkpoint
 from flexip_core.training import __main__ as command
 from flexip_core.training.checkpointing import STATE_KEY, state_tensors, states
-from flexip_core.training.config import GateConfig, OptimizerConfig
+from flexip_core.training.config import DropoutConfig, GateConfig, OptimizerConfig
 from flexip_core.training.loop import BEST, FINAL, LOG, Trainer
+from flexip_core.training.optim import lr_at
+from flexip_core.training.ranks import TrainingError
+from flexip_core.training.stopping import asked_to_stop
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -166,15 +169,81 @@ def test_a_crash_while_writing_leaves_the_old_state(base, tmp_path, monkeypatch)
         raise OSError("disk full")
 
     monkeypatch.setattr("flexip_core.files.weights.os.fsync", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(
+        TrainingError, match=r"state_00000004.safetensors could not be written \(disk full\); the states before"
+    ):
         trainer.save()
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == [LOG, old.name]
     assert old.read_bytes() == before
     # a process that is killed cannot clean up
     (tmp_path / "state_00000004.safetensors.123.tmp").write_bytes(b"half a state")
+    (tmp_path / "notes.tmp").write_text("somebody's own")
     resumed = train(base, tmp_path, resume=True, keep=1)
     assert_identical(train(base, tmp_path / "whole"), resumed)
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["notes.tmp"]
+
+
+class Failing:
+    """Pairs whose third batch cannot be made."""
+
+    phrases = fakes.PHRASES
+
+    def __init__(self, error):
+        self.own, self.error, self.made = fakes.pairs(), error, 0
+        self.views, self.pictures = self.own.views, self.own.pictures
+
+    def batch(self, kinds, generator, rows):
+        self.made += 1
+        if self.made == 3:
+            raise self.error
+        return self.own.batch(kinds, generator, rows)
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (ValueError("cat.png cannot be read."), "^cat.png cannot be read.$"),
+        (KeyError("a bug"), "a bug"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            r"^Step 3: the device has too little memory .CUDA out of memory",
+        ),
+    ],
+)
+def test_whatever_goes_wrong_the_steps_before_it_are_saved(base, tmp_path, error, message):
+    trainer = Trainer(fakes.config(tmp_path / "run"), base, Failing(error))
+    with pytest.raises((type(error), TrainingError), match=message):
+        trainer.run()
+    assert [path.name for path in states(tmp_path / "run")] == ["state_00000002.safetensors"]
+    resumed = train(base, tmp_path / "run", resume=True)
+    assert_identical(train(base, tmp_path / "whole"), resumed)
+
+
+def test_what_fails_before_the_first_step_or_in_the_middle_of_an_update_leaves_no_state(base, tmp_path, monkeypatch):
+    source = Failing(ValueError("cat.png"))
+    source.made = 2
+    with pytest.raises(ValueError, match="cat.png"):
+        Trainer(fakes.config(tmp_path / "first"), base, source).run()
+    trainer = Trainer(fakes.config(tmp_path / "middle"), base, fakes.pairs())
+
+    def broken(average, current, decay):
+        if trainer.progress.step == 2:
+            raise RuntimeError("half an update")
+
+    monkeypatch.setattr("flexip_core.training.loop.update_average", broken)
+    with pytest.raises(RuntimeError, match="half an update"):
+        trainer.run()
+    assert not states(tmp_path / "first") and not states(tmp_path / "middle")
+
+
+def test_two_sigterms_as_schedulers_send_them_and_two_interrupts_only_ask(monkeypatch):
+    with pytest.raises(KeyboardInterrupt), asked_to_stop() as asked:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            assert asked.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_newest_states_are_kept(base, tmp_path):
@@ -236,17 +305,49 @@ def test_descriptions_that_do_not_fit_are_refused(base, tmp_path, edit, message)
     "changes, message",
     [
         (dict(seed=4), "seed = 3, the config now says 4"),
-        (
-            dict(gates=GateConfig((0.9, 0.9), (0.2, 0.2))),
-            r"gates.invariant = \[0.5, 1.0\], the config now says \[0.9, 0.9\]",
-        ),
-        (dict(optimizer=OptimizerConfig(lr=1e-3, warmup=2)), "optimizer.lr = 0.01, the config now says 0.001"),
+        (dict(start="zero"), "start = 'text', the config now says 'zero'"),
+        (dict(train_adapters=("preservation",)), "train_adapters = "),
     ],
 )
 def test_a_run_goes_on_with_the_settings_it_was_started_with(base, tmp_path, changes, message):
     saved(base, tmp_path)
     with pytest.raises(ValueError, match=message):
         resume_from(base, tmp_path, **changes)
+
+
+def test_what_may_change_from_a_step_on_is_told_and_acts_from_there(base, tmp_path, caplog):
+    """So that what a message advises after a NaN or where memory is short can be done."""
+    saved(base, tmp_path / "run")
+    changes = dict(
+        optimizer=OptimizerConfig(lr=1e-3, warmup=2),
+        gates=GateConfig((0.9, 0.9), (0.2, 0.2)),
+        dropout=DropoutConfig(image=0.3),
+        batch=2,
+        mix=0.7,
+        precision="bf16",
+    )
+    with caplog.at_level("INFO"):
+        resumed = train(base, tmp_path / "run", resume=True, **changes)
+    for line in (
+        "From step 4 on optimizer.lr is 0.001; it was 0.01.",
+        "From step 4 on gates.invariant is [0.9, 0.9]; it was [0.5, 1.0].",
+        "From step 4 on dropout.image is 0.3; it was 0.05.",
+        "From step 4 on batch is 2; it was 4.",
+        "From step 4 on mix is 0.7; it was 0.5.",
+        "From step 4 on precision is bf16; it was fp32.",
+    ):
+        assert line in caplog.messages
+    one = saved(base, tmp_path / "other")
+    trainer = Trainer(fakes.config(tmp_path / "other", **changes), base, fakes.pairs())
+    trainer.resume(one)
+    step = trainer.step()
+    assert step.lr == lr_at(3, 6, changes["optimizer"]) and trainer.progress.step == 4
+    assert resumed.progress.step == 6
+
+
+def test_a_state_of_an_older_version_knows_fewer_settings(base, tmp_path):
+    rewritten(saved(base, tmp_path), edit_about=lambda about: about["config"].pop("recompute"))
+    assert resume_from(base, tmp_path).progress.step == 6
 
 
 def test_a_run_goes_on_with_the_files_it_was_started_with(base, tmp_path):
