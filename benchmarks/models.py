@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import comfy.memory_management
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
 import comfy.sample
 import comfy.supported_models
 import torch
+from started import dynamic_vram
 
 REPO = Path(__file__).resolve().parents[1]
 if "flexip_pack" not in sys.modules:
@@ -67,29 +72,62 @@ def unet_model(base: str, dtype: torch.dtype, channels: int = 320) -> comfy.mode
     kind, config, _ = BASES[base]
     config = kind({**config, "model_channels": channels, "dtype": dtype})
     config.set_inference_dtype(dtype, None)
-    device = mm.get_torch_device()
-    generator = torch.Generator(device).manual_seed(0)
-    model = config.get_model({}, "", device=device)
-    with torch.no_grad():
-        for name, p in model.diffusion_model.named_parameters():
-            if p.dim() > 1:
-                p.normal_(0, 0.5 / p[0].numel() ** 0.5, generator=generator)
-            else:
-                p.fill_(float(name.endswith("weight")))
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=mm.unet_offload_device())
+    with whole_layers():
+        shapes = {k: v.shape for k, v in config.get_model({}, "", "meta").diffusion_model.state_dict().items()}
+    generator = torch.Generator(mm.get_torch_device()).manual_seed(0)
+    model = config.get_model({}, "", device=resting_place())
+    model.diffusion_model.load_state_dict(random_weights(shapes, dtype, generator), strict=True, assign=True)
+    return managed(model)
+
+
+def random_weights(
+    shapes: Mapping[str, torch.Size], dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Made on the generator's device; norms are one, biases zero."""
+    tensors = {}
+    for name, shape in shapes.items():
+        tensor = torch.empty(shape, dtype=dtype, device=generator.device)
+        if len(shape) > 1:
+            tensor.normal_(0, 0.5 / shape[1:].numel() ** 0.5, generator=generator)
+        else:
+            tensor.fill_(float(name.endswith("weight")))
+        tensors[name] = tensor.to(resting_place())
+    return tensors
+
+
+def managed(module: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """As ComfyUI's loaders wrap a model: by the patcher that the start chose."""
+    return comfy.model_patcher.CoreModelPatcher(
+        module, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device()
+    )
+
+
+def resting_place() -> torch.device:
+    """Where weights are made to lie. Dynamic VRAM brings them to the card itself; without it they are made there."""
+    return mm.unet_offload_device() if dynamic_vram() else mm.get_torch_device()
+
+
+@contextlib.contextmanager
+def whole_layers() -> Iterator[None]:
+    """Layers that have weights before these are loaded, which under dynamic VRAM they have not: to learn their shapes."""
+    with mock.patch.object(comfy.memory_management, "aimdo_enabled", False, create=True):
+        yield
 
 
 class Bench:
     """One base, the same noise and prompts for whatever is measured on it."""
 
     def __init__(self, base: str, dtype: torch.dtype, size: int | None = None, channels: int = 320):
-        self.base, self.dtype = base, dtype
+        self.base, self.dtype, self.channels = base, dtype, channels
         self.model = unet_model(base, dtype, channels)
         self.widths, self.text_width = block_widths(self.model.model.diffusion_model)
         self.latent = (size or BASES[base][2]) // 8
-        self.reference = self._reference()
+        self.reference = self.new_reference()
+        self._loaded: dict[str, tuple[FlexIPNetwork, comfy.model_patcher.ModelPatcher]] = {}
 
-    def _reference(self) -> Reference:
+    @staticmethod
+    def new_reference() -> Reference:
+        """The same picture each time; K and V that were made of one reference are not known to another."""
         generator = torch.Generator().manual_seed(7)
         features = {
             "cls": torch.randn(1, 1024, generator=generator),
@@ -107,16 +145,32 @@ class Bench:
             gate_mode=mode,
             resampler=ResamplerConfig(depth=1),
         )
-        network = FlexIPNetwork(cfg, comfy.ops.manual_cast)
-        network.load_state_dict(FlexIPNetwork(cfg).state_dict())  # comfy.ops leaves new weights uninitialised
-        network = network.requires_grad_(False).to(self.dtype)
-        return network, comfy.model_patcher.ModelPatcher(
-            network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device()
-        )
+        with mm.get_torch_device():
+            weights = FlexIPNetwork(cfg).state_dict()
+        with torch.device("meta"):
+            network = FlexIPNetwork(cfg, comfy.ops.manual_cast)
+        weights = {name: value.to(resting_place(), self.dtype) for name, value in weights.items()}
+        network.load_state_dict(weights, strict=True, assign=True)
+        network = network.eval().requires_grad_(False)
+        return network, managed(network)
 
-    def gated(self, mode: str, gates: tuple[float, ...] = (0.6,), loaded: tuple | None = None, **settings: Any) -> Any:
-        network, patcher = loaded or self.network(mode)
-        return runtime.attach(self.model, Link(network, patcher, self.reference, gates, title=mode, **settings))
+    def loaded(self, mode: str) -> tuple[FlexIPNetwork, comfy.model_patcher.ModelPatcher]:
+        """`network`, made once."""
+        if mode not in self._loaded:
+            self._loaded[mode] = self.network(mode)
+        return self._loaded[mode]
+
+    def gated(
+        self,
+        mode: str,
+        gates: Any = (0.6,),
+        loaded: tuple | None = None,
+        reference: Reference | None = None,
+        **settings: Any,
+    ) -> Any:
+        network, patcher = loaded or self.loaded(mode)
+        link = Link(network, patcher, reference or self.reference, gates, title=mode, **settings)
+        return runtime.attach(self.model, link)
 
     def conditioning(self, seed: int, tokens: int = 77) -> list:
         generator = torch.Generator().manual_seed(seed)

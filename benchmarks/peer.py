@@ -1,18 +1,56 @@
-"""IPAdapter_plus from a checkout that the user has, on the same UNet, through its own node function and random weights.
+"""Random IP-Adapter plus files on the same UNet: through our own pair, and through IPAdapter_plus from a checkout that the user has.
 
-Nothing of it is in this repository: its package is imported from the folder given on the command line.
+Nothing of IPAdapter_plus is in this repository: its package is imported from the folder given on the command line.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import comfy.ops
 import torch
+from flexip_pack.flexip_core.files import ip_adapter
+from flexip_pack.flexip_core.network.adapters import ADAPTERS
+from flexip_pack.flexip_core.network.config import ClipConfig
+from models import Link, Reference, managed, resting_place, runtime
 
 TOKENS, ENCODER_WIDTH, DEPTH, HEADS_WIDTH = 16, 1280, 4, 64
+
+
+def ipadapter_pair(bench: Any) -> Any:
+    """The same two files as adapters of a gate."""
+    return runtime.attach(bench.model, Link(*_pair(bench), _pair_reference(), (0.6,), title="plus + plus"))
+
+
+def _pair(bench: Any) -> tuple[ip_adapter.IPAdapterPair, Any]:
+    if "pair" not in bench._loaded:
+        groups = plus_weights(bench)
+        tensors = {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
+        family = next(family for family in ip_adapter.FAMILIES if family.name == "plus")
+        base = {"sd15": "SD1.5", "sdxl": "SDXL"}[bench.base]
+        blocks = {address: bench.widths[address] for address in file_order(bench.widths)}
+        clip = ClipConfig("random", ENCODER_WIDTH)
+        about = ip_adapter.IPAdapterFile(family, base, bench.text_width, blocks, clip, ENCODER_WIDTH)
+        tensors = {key: value.to(resting_place(), bench.dtype) for key, value in tensors.items()}
+        one, two = (ip_adapter.SingleAdapter(about, tensors, comfy.ops.manual_cast) for _ in range(2))
+        pair = ip_adapter.IPAdapterPair(one, two).eval().requires_grad_(False)
+        bench._loaded["pair"] = pair, managed(pair)
+    return bench._loaded["pair"]
+
+
+def _pair_reference() -> Reference:
+    generator = torch.Generator().manual_seed(5)
+    features = {name: torch.randn(1, 257, ENCODER_WIDTH, generator=generator) for name in ADAPTERS}
+    return Reference(features, {name: torch.zeros_like(value) for name, value in features.items()}, "random")
+
+
+def file_order(addresses: Iterable[str]) -> list[str]:
+    """As a published file counts the blocks: the way down, the way up, the middle."""
+    return sorted(addresses, key=lambda address: ("input", "output", "middle").index(address.split(".")[0]))
 
 
 class Peer:
@@ -70,12 +108,9 @@ def plus_weights(bench: Any) -> dict[str, dict[str, torch.Tensor]]:
                 torch.ones(width),
                 torch.zeros(width),
             )
-    blocks = sorted(
-        bench.widths, key=lambda address: ("input", "output", "middle").index(address.split(".")[0])
-    )  # stable: keeps the order within
     pairs = {
         f"{2 * n + 1}.to_{x}_ip.weight": linear(bench.widths[address], bench.text_width)
-        for n, address in enumerate(blocks)
+        for n, address in enumerate(file_order(bench.widths))
         for x in "kv"
     }
     return {"image_proj": proj, "ip_adapter": pairs}
