@@ -27,7 +27,9 @@ from bad import (  # noqa: F401 - fixtures among them
     refused,
     spoiled,
 )
+from flexip_pack.flexip_core.pictures.crop import CROPS
 from flexip_pack.nodes.score import FlexIPScore
+from pairs import in_turn
 
 BAD_PICTURES = {
     "nan": (spoiled(NAN, 1, 40, 60, 3), "not numbers"),
@@ -83,8 +85,9 @@ GOOD_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("what", GOOD_PICTURES)
-@pytest.mark.parametrize("crop", ["center", "pad", "squash", "subject"])
+@pytest.mark.parametrize(
+    "what, crop", in_turn(list(GOOD_PICTURES), CROPS) + in_turn(list(GOOD_PICTURES), (*CROPS[2:], *CROPS[:2]))
+)
 def test_odd_pictures_give_finite_features_in_every_crop(adapters, what, crop):
     image = GOOD_PICTURES[what]
     assert finite(encode(adapters, image, crop, (torch.ones(1, 8, 8),)))

@@ -32,7 +32,7 @@ def graphs():
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("mode", ["outputs", "tokens"])
+@pytest.mark.parametrize("mode", ["outputs", pytest.param("tokens", marks=pytest.mark.long)])
 def test_compiled_picture_is_right_after_every_change_and_only_new_structures_compile(mode):
     model = tiny.tiny_model()
     network, longer = tiny.tiny_network(model, mode), tiny.tiny_reference(pictures=2)
@@ -65,7 +65,7 @@ def test_compiled_picture_is_right_after_every_change_and_only_new_structures_co
     assert graphs() == before
 
 
-@pytest.mark.parametrize("mode", ["outputs", "tokens"])
+@pytest.mark.parametrize("mode", [pytest.param("outputs", marks=pytest.mark.long), "tokens"])
 def test_four_runs_with_another_gate_seed_and_prompt_compile_and_break_as_often_as_the_bare_model(mode):
     model = tiny.tiny_model()
     network, reference = tiny.tiny_network(model, mode), tiny.tiny_reference()

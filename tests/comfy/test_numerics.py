@@ -26,6 +26,7 @@ from flexip_pack.flexip_core.network.blocks import cross_attentions
 from flexip_pack.flexip_core.pictures import crop
 from flexip_pack.flexip_core.untrained import mini_checkpoints
 from flexip_pack.nodes import runtime
+from pairs import pairs
 
 P, N = tiny.cond(1), tiny.cond(2)
 FULL, HALF, BRAIN, EIGHT = torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn
@@ -86,10 +87,9 @@ def in_float32(stored: torch.dtype, mode: str) -> tuple[torch.Tensor, torch.Tens
     return tuple(tiny.ksample(m, P, N, steps=1) for m in (model, runtime.attach(model, link_of(FULL, mode))))
 
 
-@pytest.mark.parametrize("mode", ["outputs", "tokens"])
-@pytest.mark.parametrize("adapters", ADAPTERS, ids=short)
-@pytest.mark.parametrize("stored, compute", MODELS, ids=names(MODELS))
-def test_every_precision_of_model_and_adapters_is_as_near_to_float32_as_the_bare_model(stored, compute, adapters, mode):
+@pytest.mark.parametrize("model, adapters, mode", pairs(list(MODELS), list(ADAPTERS), ["outputs", "tokens"]))
+def test_every_precision_of_model_and_adapters_is_as_near_to_float32_as_the_bare_model(model, adapters, mode):
+    stored, compute = model
     seen = []
 
     def look(executor, *args, **kwargs):
@@ -177,9 +177,7 @@ def test_the_head_widths_of_real_unets(dtype):
     assert tiny.relative_error(got, expected) < 3 * tiny.relative_error(plain, bare)
 
 
-@pytest.mark.parametrize("width", [40, 64, 80, 160])
-@pytest.mark.parametrize("query", [FULL, HALF, BRAIN], ids=short)
-@pytest.mark.parametrize("keys", [FULL, HALF, BRAIN], ids=short)
+@pytest.mark.parametrize("width, query, keys", pairs([40, 64, 80, 160], [FULL, HALF, BRAIN], [FULL, HALF, BRAIN]))
 def test_a_block_answers_in_the_dtype_of_its_query(width, query, keys):
     """Also where a neighbour runs the attention of its block in another precision than the model's."""
     g, heads = tiny.generator(1), 2

@@ -20,6 +20,7 @@ from flexip_pack.nodes.compat import CurveInput
 from flexip_pack.nodes.schedule import FlexIPGateBatch, FlexIPGateSchedule, preview, step_gates
 from hypothesis import given
 from hypothesis import strategies as st
+from pairs import in_turn
 from PIL import Image
 
 LinearCurve = getattr(comfy_api.input, "LinearCurve", None)
@@ -174,8 +175,7 @@ class Recorder:
         return apply_model(args["input"], args["timestep"], **args["c"])
 
 
-@pytest.mark.parametrize("denoise", [1.0, 0.4])
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler, denoise", in_turn(SCHEDULERS, [1.0, 0.4]))
 def test_the_plotted_gates_are_those_of_the_sigmas_that_the_unet_gets(model, scheduler, denoise):
     recorder, curve = Recorder(model), preset_curve("linear", 1, 0)
     sigmas = sigmas_for(model, scheduler, 5, denoise)

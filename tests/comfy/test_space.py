@@ -13,6 +13,7 @@ from comfy_extras.nodes_perpneg import PerpNeg
 from flexip_pack.nodes import runtime
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pairs import pairs
 
 import nodes
 
@@ -123,9 +124,10 @@ def black_tokens(mask, height, width, grid):
     return (torch.tensor(naive.on_tokens((cells > 0).float().tolist(), level)) == 0).flatten()
 
 
-@pytest.mark.parametrize("gate_mask", [None, random_masks(8, 1, 18, 26)], ids=["one gate", "gate mask"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mode", ["outputs", "tokens"])
+@pytest.mark.parametrize(
+    "mode, dtype, gate_mask",
+    pairs(["outputs", "tokens"], [torch.float32, torch.float16, torch.bfloat16], [None, random_masks(8, 1, 18, 26)]),
+)
 def test_a_masked_out_place_keeps_the_text_attention_bit_for_bit(mode, dtype, gate_mask):
     model = tiny.tiny_model(dtype)
     mask = torch.ones(1, 18, 26)
