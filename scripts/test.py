@@ -12,6 +12,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,8 +72,8 @@ class Run(NamedTuple):
 
 
 def plan(options: argparse.Namespace, owned: bool) -> list[Run]:
-    """With --fast a part of core and comfy. Else everything with the environment's ComfyUI, then what needs no browser with others: those that are asked for, or,
-    if the environment is our `owned` one, a part on the oldest that is supported."""
+    """With --fast a part of core and comfy. Else everything with the environment's ComfyUI, then what needs no browser with others:
+    those that are asked for, or, if the environment is our `owned` one, a part on the oldest that is supported."""
     if options.fast:
         fast = [*_select(["not long"]), "--hypothesis-profile=fast"]
         left_out = [f"--ignore={TESTS / name}" for name in NOT_FAST]
@@ -98,16 +99,26 @@ def _select(marked: list[str]) -> list[str]:
     return ["-m", " and ".join(marked)] if marked else []
 
 
-def start(run: Run, python: Path, comfyui: Path, logs: Path, arguments: list[str]) -> tuple[int, Counter[str]]:
-    """pytest's exit code and its counts."""
-    report = logs / f"tests-{run.folder}{f'-{run.version}' if run.version else ''}.xml"
+def start(
+    run: Run, python: Path, comfyui: Path, logs: Path, arguments: list[str], beside: bool = False
+) -> tuple[int, Counter[str]]:
+    """pytest's exit code and its counts. One `beside` another shows what it said when it is through."""
+    name = f"tests-{run.folder}{f'-{run.version}' if run.version else ''}"
+    report, said = logs / f"{name}.xml", logs / f"{name}.log"
     report.unlink(missing_ok=True)
     command = [python, "-m", "pytest", "-c", TESTS / "pytest.ini", f"--junitxml={report}"]
     command += [TESTS / run.folder / name for name in run.files or ("",)]
     command += [*(() if run.folder == "server" else IN_PARALLEL), *run.arguments, *arguments]
     variables = {**os.environ, "COMFYUI_TREE": str(comfyui), "OMP_NUM_THREADS": "1"}
-    print(f"\n== {run}", flush=True)
-    code = subprocess.run(list(map(str, command)), cwd=environment.REPO, env=variables).returncode
+    if beside:
+        with said.open("w") as log:
+            code = subprocess.run(
+                list(map(str, command)), cwd=environment.REPO, env=variables, stdout=log, stderr=subprocess.STDOUT
+            ).returncode
+        print(f"\n== {run}\n{said.read_text(errors='replace')}", flush=True)
+    else:
+        print(f"\n== {run}", flush=True)
+        code = subprocess.run(list(map(str, command)), cwd=environment.REPO, env=variables).returncode
     suites = ElementTree.parse(report).getroot().iter("testsuite") if report.is_file() else []
     return code, sum((Counter({key: int(suite.get(key, 0)) for key in COUNTS}) for suite in suites), Counter())
 
@@ -149,7 +160,17 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     trees[""] = env.comfyui
-    results = [start(run, env.python, trees[run.version], env.home / "logs", arguments) for run in runs]
+
+    def one_after_the_other(lane: list[Run], beside: bool = False) -> list[tuple[int, Counter[str]]]:
+        return [start(run, env.python, trees[run.version], env.home / "logs", arguments, beside) for run in lane]
+
+    # tests/server has one process that mostly waits for the page: it runs beside the others.
+    served = [run for run in runs if run.folder == "server" and not run.version]
+    rest = [run for run in runs if run not in served]
+    with ThreadPoolExecutor(1) as second:
+        pages = second.submit(one_after_the_other, served, beside=bool(rest))
+        results = one_after_the_other(rest) + pages.result()
+    runs = rest + served
     failed = [run for run, (code, _) in zip(runs, results) if code not in (0, NO_TESTS if arguments else 0)]
     total = sum((counts for _, counts in results), Counter())
     bad = total["failures"] + total["errors"]

@@ -249,6 +249,21 @@ def test_what_goes_wrong_in_one_of_two_processes_is_counted(
     assert {key: found[key] - (key == "tests" and 1) for key in counts} == counts  # the good one aside
 
 
+def test_what_runs_beside_another_is_shown_when_it_is_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "server").mkdir()
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "server" / "test_bad.py").write_text("def test_a(): assert 'seen' == 'wanted'")
+    monkeypatch.setattr(test_script, "TESTS", tmp_path)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    run, given = test_script.Run("server", "", (), []), ["-q", "-p", "no:cacheprovider"]
+    code, found = test_script.start(run, Path(sys.executable), tmp_path, tmp_path, given, beside=True)
+    shown = capfd.readouterr().out
+    assert code != 0 and found["failures"] == 1
+    assert shown.startswith("\n== tests/server") and "'seen' == 'wanted'" in shown and "1 failed" in shown
+
+
 @needs_shell
 def test_install_happens_once_and_again_after_a_change_or_a_failure(tmp_path: Path) -> None:
     calls, requirements = tmp_path / "calls", tmp_path / "requirements.txt"
