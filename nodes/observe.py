@@ -20,7 +20,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from ..flexip_core.measuring import maps
 from ..flexip_core.network.attention import GatedAttention, block_grid
 from ..flexip_core.network.blocks import block_of
-from . import runtime, tags
+from . import patches, runtime, tags
 from .notices import Report
 from .slots import slots_of
 
@@ -59,6 +59,7 @@ class Recorder:
         if KEY not in options:  # a call with another node's own conditioning
             return 0
         rows, height, width = options[KEY]
+        rows = patches.moved_rows(rows, options)
         grid = block_grid(options)
         if grid is None or grid[0] * grid[1] != q.shape[1]:
             raise RuntimeError(

@@ -23,7 +23,7 @@ from ..flexip_core.run.chain import Call, Entry, Link, Own, Setting
 from ..flexip_core.run.reference import as_set
 from ..flexip_core.run.run import LinkRun, Run
 from ..flexip_core.run.schedule import GateCurve, PercentOfSigma
-from . import notices, report, tags
+from . import notices, patches, report, tags
 from .conditioning import OWN, without_reminders
 from .slots import base_attention, fork_patches, has_neighbour, sdpa, slots_of
 
@@ -236,7 +236,9 @@ def apply_model(
             with torch.no_grad():
                 rows = run.untagged(c_crossattn, len(options["cond_or_uncond"]), dtype)
         sigma = float(options["sigmas"][0]) if run.reads_sigma else None
-        options[KEY], structure = run.assemble(Call(rows, height, width, x.device, dtype), sigma)
+        call = Call(rows, height, width, x.device, dtype)
+        options[KEY], structure = run.assemble(call, sigma)
         if structure:
             kwargs[structure] = None
+            options = patches.followed(options, KEY, run, call, sigma)
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)

@@ -83,6 +83,11 @@ def decoupled_attention(
     wrapper of it that chooses the backend.
     """
     for branch in branches:
+        if branch.k.shape[0] not in (1, q.shape[0]):
+            raise RuntimeError(
+                f"FlexIP: a block has {q.shape[0]} rows where the model was called with {branch.k.shape[0]}. "
+                "A node changes the rows inside the UNet in a way that FlexIP cannot see; take it or FlexIP off."
+            )
         branch = _in_dtype(branch, q.dtype)
         if branch.place_gate is None:
             added = attention(q, branch.k, branch.v, heads, branch.mask, sdpa)

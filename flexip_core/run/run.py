@@ -7,7 +7,8 @@ belongs to and which latent it is; nothing is concluded from its place in the ba
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -109,6 +110,7 @@ class Run(Shared):
     def __init__(self, links: list[LinkRun], neighbours: int = 0):
         self.links = links
         self.neighbours = neighbours
+        self.moves: dict[tuple, Any] = {}  # how patches of other nodes move rows: see nodes/patches.py
         self._untagged: dict[tuple, int] = {}
         self._lock = threading.Lock()  # ComfyUI's MultiGPU CFG split calls from one thread per device
 
@@ -156,6 +158,16 @@ class Run(Shared):
                 tensors.update(branches)
                 names.append(name)
         return tensors, f"flexip_{self.neighbours}_" + "_".join(names) if names else ""
+
+    def moved(self, call: Call, rows: Sequence[int], sigma: float | None) -> Branches:
+        """Tensors for a block where another node's patch has put the call's rows `rows` in place of all in turn."""
+        call = call._replace(rows=tuple(call.rows[row] for row in rows))
+        tensors: Branches = {}
+        with self._lock:
+            for run in self.links:
+                if run.active_at(sigma):
+                    tensors.update(run.branches(call, sigma)[0])
+        return tensors
 
 
 def _is_unknown_tile(call: Call, setting: Setting) -> bool:

@@ -86,3 +86,24 @@ def test_four_runs_with_another_gate_seed_and_prompt_compile_and_break_as_often_
     bare = compile_costs(lambda m, gate: m)
     ours = compile_costs(lambda m, gate: runtime.attach(m, tiny.link_for(network, reference, gate)))
     assert bare[0] > 0 and ours == bare
+
+
+def test_rows_that_another_node_repeats_are_right_on_a_compiled_model():
+    """Its patch runs outside the graphs; it is there or not from one run to the next."""
+    model = tiny.tiny_model()
+    network, reference, noise = tiny.tiny_network(model), tiny.tiny_reference(), tiny.noise_for(2)
+    base = compiled(model)
+
+    def twice(model):
+        model = model.clone()
+        model.set_model_attn2_patch(lambda q, k, v, options: (q.repeat(2, 1, 1), k.repeat(2, 1, 1), v.repeat(2, 1, 1)))
+        model.set_model_attn2_output_patch(lambda out, options: out.chunk(2)[0] * 0.3 + out.chunk(2)[1] * 0.7)
+        return model
+
+    for gates in ((0.1, 0.9), (0.8, 0.2)):
+        gated = lambda m, gates=gates: runtime.attach(m, tiny.link_for(network, reference, gates))
+        plain = tiny.ksample(gated(model), P, N, noise=noise)
+        # both halves are the same picture, so repeating changes nothing
+        assert tiny.relative_error(tiny.ksample(twice(gated(base)), P, N, noise=noise), plain) < 1e-5
+        assert tiny.relative_error(tiny.ksample(compiled(twice(gated(model))), P, N, noise=noise), plain) < 1e-5
+        assert tiny.relative_error(tiny.ksample(gated(base), P, N, noise=noise), plain) < 1e-5

@@ -141,3 +141,56 @@ def test_a_block_without_strength_costs_nothing(bench, bare):
     extra = cost(bench, "outputs", depth=depth) - bare
     acting = sum(address.startswith("output") for address in blocks)
     assert extra.operations - PER_CALL == (one.operations - PER_CALL) * acting // BLOCKS
+
+
+def with_patches(model, before, after=None):
+    model = model.clone()
+    model.set_model_attn2_patch(before)
+    if after is not None:
+        model.set_model_attn2_output_patch(after)
+    return model
+
+
+def repeated(q, k, v, options):
+    negative, positive = q.chunk(2)  # in core's order
+    texts, more = k.chunk(2)
+    return torch.cat([negative, positive, positive]), *[torch.cat([texts, more, more])] * 2
+
+
+def merged(out, options):
+    negative, positive, again = out.chunk(3)
+    return torch.cat([negative, (positive + again) / 2])
+
+
+THEIRS = {
+    "moves no rows": (lambda q, k, v, options: (q, k * 0.9, v * 0.9), None),
+    "computes q anew": (lambda q, k, v, options: (q * 0.9, k, v), None),
+    "repeats rows": (repeated, merged),
+}
+
+
+@pytest.mark.parametrize(
+    "theirs, mode, most",
+    [
+        ("moves no rows", "outputs", 4),
+        ("computes q anew", "outputs", 4),
+        ("repeats rows", "outputs", 4),
+        ("repeats rows", "tokens", 2),
+    ],
+)
+def test_beside_a_patch_that_may_move_rows_a_call_costs_what_it_costs_without(bench, theirs, mode, most):
+    """Where it puts them is found out once per run, from the first call."""
+    before, after = THEIRS[theirs]
+    bare = per_call(lambda steps: bench.sample(with_patches(bench.model, before, after), steps))
+    both = with_patches(bench.gated(mode), before, after)
+    extra = per_call(lambda steps: bench.sample(both, steps)) - bare
+    assert 0 < extra.operations <= most * BLOCKS + PER_CALL
+    assert extra.syncs == 0 and extra.matmuls == 0 and extra.uploads == 0
+
+
+def test_a_run_whose_patches_leave_q_alone_waits_no_more_than_without_them(bench):
+    gated, (before, _) = bench.gated("outputs"), THEIRS["moves no rows"]
+    alone, both, theirs = gated, with_patches(gated, before), with_patches(bench.model, before)
+    bench.sample(gated, 1)
+    syncs = [count(lambda model=model: bench.sample(model, 2)).syncs for model in (bench.model, alone, theirs, both)]
+    assert syncs[1] - syncs[0] == syncs[3] - syncs[2]
