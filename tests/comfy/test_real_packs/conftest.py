@@ -22,6 +22,10 @@ PACKS = {
     "test_packs_pulid.py": "pulid.py",
     "test_packs_advanced_controlnet.py": "adv_control",
     "test_packs_animatediff_evolved.py": "animatediff",
+    "test_packs_cgem156.py": "scripts/attention_couple/node.py",
+    "test_packs_ppm.py": "src/attention_couple/unet_couple.py",
+    "test_packs_a8r8.py": "attention_couple.py",
+    "test_packs_tooling_nodes.py": "region.py",
 }
 
 
@@ -39,7 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for folder in config.getoption(OPTION):
         if not any(Path(folder, sign).exists() for sign in PACKS.values()):
             raise pytest.UsageError(
-                f"{OPTION} {folder}: expected a checkout of IPAdapter_plus, PuLID, Advanced-ControlNet or AnimateDiff-Evolved."
+                f"{OPTION} {folder}: expected a checkout of IPAdapter_plus, PuLID, Advanced-ControlNet, AnimateDiff-Evolved, "
+                "cgem156-ComfyUI, ComfyUI-ppm, A8R8_ComfyUI_nodes or comfyui-tooling-nodes."
             )
 
 
@@ -53,9 +58,14 @@ def _folder(config: pytest.Config, sign: str) -> Path | None:
 
 
 @pytest.fixture(scope="module")
-def pack(request: pytest.FixtureRequest) -> ModuleType:
+def folder(request: pytest.FixtureRequest) -> Path:
+    """The checkout for the module's tests."""
+    return _folder(request.config, PACKS[request.path.name])
+
+
+@pytest.fixture(scope="module")
+def pack(request: pytest.FixtureRequest, folder: Path) -> ModuleType:
     """The pack of the module's tests, imported as ComfyUI does it."""
-    folder = _folder(request.config, PACKS[request.path.name])
     name = f"neighbour_{request.path.stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(
