@@ -213,7 +213,7 @@ class FlexIPTrain(io.ComfyNode):
             training.config.check_task(cfg.task, (*task, CACHE))
             if CACHE in cfg.task:
                 training.entries.check_place(cfg.task[CACHE], pictures)
-            refuse_beyond_limits(cfg)
+            refuse_beyond_limits(cfg, training.background.device_of(cfg))
             warnings: tuple[str, ...] = ()
             report = standing(training.background, folder, cfg, adapters)
             if report is None:

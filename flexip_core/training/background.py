@@ -32,6 +32,7 @@ CONFIG, LOCK, STOP, OUTPUT, PREVIEWS = "config.json", "run.lock", "stop", "outpu
 PROCESS = "process.json"
 MOST_NAMES = 20  # of runs, in a sentence
 LONGEST_LINE = 2**20  # bytes, of the log
+LONGEST_LOG = 2**27  # bytes; read, it takes eight times that
 LAST_WORDS = 2**16  # bytes of output.log that are looked at
 PATIENCE = 2.0  # seconds: somebody who only looks holds the lock for a moment
 MOST_NUMBERS = 16  # kinds of data, or scores of a probe, in a line of the log
@@ -44,7 +45,7 @@ def locked(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
     """Only one run at a time writes a folder; its first rank holds the lock. The system takes it back if the process dies."""
     from filelock import FileLock, Timeout  # torch brings it
 
-    _no_link(folder / LOCK)  # to take it would empty the file that it leads to
+    refuse_links(folder)  # to take a lock would empty the file that it leads to
     lock = FileLock(folder / LOCK, timeout=PATIENCE)
     made = [path for path in (folder, *folder.parents) if not path.exists()] if ranks.first else []
     with ranks.together():
@@ -74,7 +75,7 @@ def is_running(folder: Path) -> bool:
 def _is_locked(folder: Path) -> bool:
     from filelock import FileLock, Timeout
 
-    if not (folder / LOCK).exists() or (folder / LOCK).is_symlink():  # no run makes a link
+    if not _is_plain(folder / LOCK):
         return False
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -89,8 +90,9 @@ def _is_alive(folder: Path) -> bool:
     """The process that `start` began: it needs some seconds until it holds the lock."""
     import psutil  # ComfyUI brings it
 
+    if not _is_plain(folder / PROCESS):
+        return False
     try:
-        _no_link(folder / PROCESS)
         data = read_json(folder / PROCESS)
         process = psutil.Process(data["pid"])
         return process.create_time() == data["created"] and process.status() != psutil.STATUS_ZOMBIE
@@ -101,6 +103,7 @@ def _is_alive(folder: Path) -> bool:
 def refuse(cfg: TrainConfig, export: Path | None = None) -> None:
     """ValueError if a process writes in `cfg.folder`, if another run beside it uses the device, or as `refuse_overwriting`."""
     folder = Path(cfg.folder)
+    refuse_links(folder)
     if is_running(folder):
         known = read_config_of(folder)
         other = changed_settings(known, cfg, every=True) if known else ""
@@ -142,7 +145,7 @@ def refuse_overwriting(cfg: TrainConfig, export: Path | None = None) -> None:
 
 def runs(root: Path) -> list[Path]:
     """The folders of all runs in a folder, by name."""
-    return sorted(path.parent for path in root.glob(f"*/{CONFIG}") if path.is_file())
+    return sorted(path.parent for path in root.glob(f"*/{CONFIG}") if _is_plain(path))
 
 
 def device_of(cfg: TrainConfig) -> torch.device:
@@ -197,14 +200,13 @@ def ask_to_stop(folder: Path) -> None:
     """The run saves its state and ends after the step it is in."""
     if not is_running(folder):
         raise ValueError(f"The run {folder.name} is not being trained, so there is nothing to stop.")
-    _no_link(folder / STOP)
+    refuse_links(folder)
     (folder / STOP).touch()
 
 
 def read_config_of(folder: Path) -> TrainConfig | None:
     path = folder / CONFIG
-    _no_link(path)
-    if not path.is_file():
+    if not _is_plain(path):
         return None
     try:
         return TrainConfig.from_dict(read_json(path))
@@ -256,21 +258,20 @@ class Status:
 
 def status(folder: Path) -> Status:
     """ValueError if `folder` holds no run."""
+    refuse_links(folder)
     cfg = read_config_of(folder)
     if cfg is None:
         there = ", ".join(path.name for path in runs(folder.parent)[:MOST_NAMES]) or "none"
         raise ValueError(
             f"There is no training run {folder.name!r} in {folder.parent}; start one with Train FlexIP. Runs there: {there}."
         )
-    for name in (LOCK, STOP, OUTPUT, PREVIEWS, PROCESS, LOG):
-        _no_link(folder / name)
     alive, lines = (_is_locked(folder), _is_alive(folder)), _log_lines(folder / LOG)
     losses = tuple(line for line in lines if "loss" in line)
     probes = tuple(line for line in lines if "probe" in line)
     said = _output_lines(folder / OUTPUT)
     step = max((line["step"] for line in lines), default=0)
     state, why = _state(*alive, (folder / FINAL).is_file() and step >= cfg.steps, said)
-    previews = tuple(sorted(path for path in (folder / PREVIEWS).glob("step_*.png") if not path.is_symlink()))
+    previews = tuple(sorted(filter(_is_plain, (folder / PREVIEWS).glob("step_*.png"))))
     return Status(
         folder.name, state, step, cfg.steps, losses[-1]["seconds"] if losses else 0.0, losses, probes, previews, why
     )
@@ -295,8 +296,11 @@ def _state(writing: bool, alive: bool, finished: bool, said: list[str]) -> tuple
 def _log_lines(path: Path) -> list[dict[str, Any]]:
     """Whole lines only: the run may be writing one. ValueError for one that no run has written."""
     found = []
-    _no_link(path)
     if path.is_file():
+        if path.stat().st_size > LONGEST_LOG:
+            raise ValueError(
+                f"{path} is longer than {LONGEST_LOG} bytes, and no run writes so many lines; take it away."
+            )
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
                 if len(line) < LONGEST_LINE and not line.endswith(b"\n"):
@@ -332,7 +336,6 @@ def _checked(line: Any) -> dict[str, Any]:
 
 def _output_lines(path: Path) -> list[str]:
     """The last ones."""
-    _no_link(path)
     if not path.is_file():
         return []
     with path.open("rb") as file:
@@ -341,9 +344,16 @@ def _output_lines(path: Path) -> list[str]:
     return [one_line(line) for line in text.splitlines() if line.strip()]
 
 
-def _no_link(path: Path) -> None:
-    if path.is_symlink():
-        raise ValueError(f"{path} is a link; a run's folder must hold its files themselves.")
+def refuse_links(folder: Path) -> None:
+    """ValueError for a link in a run's folder, which a run would read or write elsewhere, and for what is neither file nor folder."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is a link or a device; a run's folder must hold its files themselves.")
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether a run can have made it: it makes no links, and whoever reads a pipe waits for ever."""
+    return path.is_file() and not path.is_symlink()
 
 
 def _duration(seconds: float) -> str:

@@ -399,7 +399,8 @@ def test_adapters_of_this_name_that_came_from_elsewhere_stay(place, cfg):
     assert not place.started
 
 
-def test_a_second_run_on_the_device_is_refused_and_one_on_another_device_is_not(place, cfg):
+def test_a_second_run_on_the_device_is_refused_and_one_on_another_device_is_not(place, cfg, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     put_run(place, cfg, 3)
     with background.locked(place.folder):
         with pytest.raises(ValueError, match="FlexIPTrain: The run mine is being trained on cpu.*stop it"):
@@ -422,7 +423,13 @@ def test_a_second_run_on_the_device_is_refused_and_one_on_another_device_is_not(
         ("[network]\nresampler = { depth = 65 }", "network.resampler.depth must be within 1 and 64"),
         ("steps = 20000\ncheckpoint_every = 99", "checkpoint_every must be at least 100"),
         ("steps = 200\nprobe_every = 1", "probe_every must be at least 2"),
+        ("steps = 10000000\nlog_every = 49", "log_every must be at least 50"),
         ('device = "tpu"', "device must be like cuda:0 or cpu"),
+        # each would count as another device, so that one workflow starts any number of processes
+        *(
+            (f'device = "{name}"', "device must be one of this machine")
+            for name in ("cpu:1", "meta", "cuda:99", "xla:7")
+        ),
     ],
 )
 def test_settings_take_no_more_than_the_inputs_could(place, settings, sentence):

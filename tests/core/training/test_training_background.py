@@ -223,6 +223,42 @@ def test_a_damaged_note_of_the_process_is_no_process(tmp_path, text):
     assert not background.is_running(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["output.log", "log.jsonl", "previews", "state_00000001.safetensors"])
+def test_no_run_starts_through_a_link(tmp_path, monkeypatch, name):
+    """A run's folder from elsewhere need not have the config that would tell: what the process says would go over another file."""
+    monkeypatch.setattr(background.subprocess, "Popen", lambda *a, **k: pytest.fail("started"))
+    folder, secret = tmp_path / "run", tmp_path / "secret"
+    folder.mkdir()
+    secret.write_text("secret")
+    (folder / name).symlink_to(secret)
+    cfg = config(folder)
+    with pytest.raises(ValueError, match=f"{name} is a link"):
+        start(cfg)
+    with pytest.raises(ValueError, match=f"{name} is a link"), background.locked(folder):
+        pass
+    assert secret.read_text() == "secret" and [path.name for path in folder.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", [background.LOCK, background.PROCESS])
+def test_a_folder_or_a_pipe_in_a_run_beside_it_is_in_nobodys_way(tmp_path, name):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / background.CONFIG).write_text(json.dumps(config(other).to_dict()))
+    for make in (os.mkdir, getattr(os, "mkfifo", os.mkdir)):
+        make(other / name)
+        assert not background.is_running(other)
+        background.refuse(config(tmp_path / "run"))
+        (other / name).rmdir() if (other / name).is_dir() else (other / name).unlink()
+
+
+def test_a_log_that_no_run_writes_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / background.CONFIG).write_text(json.dumps(config(tmp_path).to_dict()))
+    (tmp_path / background.LOG).write_text(json.dumps(LOG_LINE) + "\n")
+    monkeypatch.setattr(background, "LONGEST_LOG", 20)
+    with pytest.raises(ValueError, match="log.jsonl is longer than 20 bytes"):
+        background.status(tmp_path)
+
+
 def test_of_what_the_process_said_only_the_end_is_read(tmp_path):
     (tmp_path / background.CONFIG).write_text(json.dumps(config(tmp_path).to_dict()))
     with (tmp_path / background.OUTPUT).open("wb") as file:
