@@ -115,7 +115,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one = command(pack, "write a folder of pictures as WebDataset shards", "data", "shards")
     one.add_argument("--megabytes", type=int, default=1024, help="of a shard (default: %(default)s)")
     command(unpack, "write shards as a folder of pictures", "shards", "data")
-    for name in ("run", "check", "cache", "pack"):
+    for name in ("run", "check", "cache", "pack", "import"):
         commands.choices[name].add_argument(
             "--follow-links",
             action="store_true",

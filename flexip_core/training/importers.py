@@ -27,7 +27,7 @@ from ..files.parse import parse_json, read_json
 from ..files.weights import write_atomically
 from ..pictures.opened import TooLarge, open_picture
 from .pictures import CLIPS, PICTURES
-from .stores import CAPTIONS, CLASS, UNSAFE, safe_name
+from .stores import CAPTIONS, CLASS, UNSAFE, FolderStore, safe_name
 
 MANIFEST = "import.json"
 WAYS = ("copy", "link")
@@ -75,6 +75,8 @@ def import_data(
         raise ValueError(f"Import: {source} does not exist; check its name.")
     if target.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(target.resolve()):
         raise ValueError(f"Import: {source} and {target} lie inside each other; choose a target elsewhere.")
+    if source.is_dir():
+        FolderStore(source)  # refuses links, whose contents would be brought from anywhere
     items = _items(kind, source, template, pictures and Path(pictures), to, views)
     return _bring(items, target, {"kind": kind, "source": str(source.resolve()), "template": template}, way)
 

@@ -23,7 +23,7 @@ class Refused(ValueError):
 
 
 def shards_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.tar") if not is_system(path.name))
+    return sorted(path for path in folder.glob("*.tar") if path.is_file() and not is_system(path.name))
 
 
 class ShardStore:

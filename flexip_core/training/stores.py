@@ -62,8 +62,10 @@ class FolderStore:
                     inside = (*within, self._behind(name, Path(entry.path), (*within, folder.resolve())))
                 if entry.is_dir():
                     yield from self._walk(folder / entry.name, name + "/", inside)
-                else:
+                elif entry.is_file():
                     yield name
+                else:  # reading a pipe would wait for ever
+                    raise ValueError(f"Training data: {name} in {self.label} is no file; delete it.")
 
     def _behind(self, name: str, link: Path, within: tuple[Path, ...]) -> Path:
         """What a link points at; ValueError unless it may be followed."""

@@ -20,9 +20,10 @@ from flexip_core.training.dataset import scan
 from flexip_core.training.entries import check_place
 from flexip_core.training.importers import import_data
 from flexip_core.training.loop import keep_log_up_to
+from flexip_core.training.pictures import decode_picture, pixels_of
 from flexip_core.training.shard_store import ShardStore
 from flexip_core.training.shards import unpack
-from flexip_core.training.stores import safe_name
+from flexip_core.training.stores import FOLLOW_LINKS, safe_name
 
 SIZE = 32
 SDP = """v=0
@@ -238,6 +239,66 @@ def test_damaged_settings_are_a_sentence(tmp_path, text):
     with pytest.raises(ValueError, match="^dataset.toml is not a TOML file: ") as told:
         scan(tmp_path)
     assert len(str(told.value)) < 200
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are of Unix")
+@pytest.mark.parametrize("name", ["invariant/pipe.png", "variant/mug/pipe.txt"])
+def test_a_pipe_is_no_file(tmp_path, name):
+    """Whoever opens it waits until somebody writes, which no cancel ends."""
+    made.small_set(tmp_path)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} in .* is no file; delete it"):
+        scan(tmp_path)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    os.mkfifo(shards / "1.tar")
+    with pytest.raises(ValueError, match="holds no .tar files"):
+        ShardStore(shards)
+
+
+@pytest.mark.parametrize("name", ["10_mug/b.txt", "10_mug/b.png", "11_jug"])
+def test_an_import_brings_nothing_from_behind_a_link(tmp_path, name):
+    made.put(tmp_path / "elsewhere", {"b.png": made.noise(2), "b.txt": "secret"})
+    made.put(tmp_path / "source", {"10_mug/a.png": made.noise(1)})
+    target = tmp_path / "elsewhere" if name == "11_jug" else tmp_path / "elsewhere" / name.rpartition("/")[2]
+    (tmp_path / "source" / name).symlink_to(target)
+    with pytest.raises(ValueError, match=f"{name} in .* is a link; .* --follow-links"):
+        import_data("kohya", tmp_path / "source", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+    before = FOLLOW_LINKS.set(True)
+    try:
+        assert import_data("kohya", tmp_path / "source", tmp_path / "data") == (1 if name.endswith("txt") else 2)
+    finally:
+        FOLLOW_LINKS.reset(before)
+
+
+def tiled(order, *sides, picture=16):
+    """A TIFF of one byte that tells of tiles, each side once per entry."""
+    entries = [(256, picture), (257, picture), (258, 8), (259, 8), (262, 1), (277, 1)]
+    entries += [(322 + i % 2, side) for i, side in enumerate(sides)]
+    entries = sorted(entries, key=lambda one: one[0]) + [(324, 8 + 2 + 12 * (len(entries) + 2) + 4), (325, 1)]
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    head = mark + struct.pack(f"{order}IH", 8, len(entries))
+    return head + b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in entries) + bytes(5)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_small_picture_of_large_tiles_is_refused_by_its_header(order):
+    """A decoder makes room for whole tiles: 16 x 16 pixels took 194 MB, and 2 GB are possible, in each thread."""
+    for sides in ((8192, 8192), (16, 2**19), (8192, 8192, 16, 16)):
+        file = io.BytesIO(tiled(order, *sides))
+        for read in (pixels_of, decode_picture):
+            with pytest.raises(ValueError, match="x.tif cannot be read .it has tiles of "):
+                read(file, "x.tif")
+            file.seek(0)
+    assert pixels_of(io.BytesIO(tiled(order, 256, 256)), "x.tif") == 256
+
+
+def test_pictures_in_tiles_are_read():
+    file = io.BytesIO()
+    picture = made.noise(1)
+    picture.save(file, "TIFF", compression="tiff_deflate", tiffinfo={322: 16, 323: 16})
+    assert decode_picture(file, "x.tif").rgb.tobytes() == picture.convert("RGB").tobytes()
 
 
 def test_a_caption_of_gigabytes_is_not_read(tmp_path):
