@@ -22,7 +22,7 @@ from torch import Tensor
 from ..encoders.towers import ClipTower, DinoTower
 from ..files.weights import read_header, read_tensors, write_atomically
 from ..training.base import Text
-from ..training.loop import generator
+from ..training.draws import generator
 from ..training.losses import add_noise, min_snr_weights, noise_loss
 from . import world
 from .architecture import TEXT_WIDTH, UNET, alphas_cumprod, to_latents, to_pictures
@@ -77,7 +77,7 @@ class MiniBase:
     def empty_text(self) -> Text:
         return self.encode_text(torch.zeros(1, len(world.SLOTS), dtype=torch.long))
 
-    def added_conditions(self, text: Text, latents: Tensor) -> None:
+    def added_conditions(self, text: Text, latents: Tensor, sizes: Tensor | None = None) -> None:
         return None
 
     def to_latents(self, pictures: Tensor) -> Tensor:

@@ -20,14 +20,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from ..files.weights import write_atomically
 from .background import CONFIG, STOP, locked, read_config_of, refuse_overwriting
 from .base import Task
+from .cache import MOST_TEXTS
 from .checkpointing import config_of, export, states
 from .config import TrainConfig, read_config
 from .delivery import deliver, refuse_foreign
 from .importers import KINDS, WAYS, import_data
 from .loop import BEST, FINAL, Trainer
+from .progress import progress_line
 from .ranks import TrainingError, joined
 from .stores import FOLLOW_LINKS
 
@@ -96,6 +100,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one = command(cache, "encode pictures and captions of a config's data once, into its cache folder", "config")
     one.add_argument("--patches", action="store_true", help="DINO's patches, too: 512 KB per reference")
     one.add_argument("--dry-run", action="store_true", help="only say what it would take")
+    one.add_argument("--texts", type=int, default=MOST_TEXTS, help="most that are kept (default: %(default)s)")
 
     one = command(import_, "bring pictures in a known layout into ours")
     one.add_argument("kind", help=f"the layout: {', '.join(KINDS)}")
@@ -138,8 +143,11 @@ def run(options: argparse.Namespace) -> None:
                 trainer = Trainer(cfg, *make_task(cfg, options.allow_code), ranks=ranks)
                 if ranks.first:
                     write_atomically(folder / CONFIG, json.dumps(cfg.to_dict(), indent=1).encode())
+            if cfg.precision == "bf16":
+                torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, such as the VAE
             try:
-                done = trainer.run(resume=options.resume, should_stop=(folder / STOP).exists)
+                with progress_line(trainer) as shown:
+                    done = trainer.run(options.resume, (folder / STOP).exists, shown)
             finally:
                 (folder / STOP).unlink(missing_ok=True)
             if done and options.export and ranks.first:
@@ -184,7 +192,7 @@ def cache(options: argparse.Namespace) -> None:
     from .sd import fill_cache
 
     cfg = read_config(options.config)
-    fill_cache(cfg, options.patches, options.dry_run)
+    fill_cache(cfg, options.patches, options.dry_run, options.texts)
 
 
 def import_(options: argparse.Namespace) -> None:

@@ -41,7 +41,7 @@ class Text(NamedTuple):
 
 
 class Base(Protocol):
-    """A frozen diffusion model that predicts the noise, its text encoder and the two encoders of references.
+    """A frozen diffusion model, its text encoder and the two encoders of references.
 
     Everything is on the device of `alphas_cumprod`. No method draws random numbers. The trainer calls the methods under
     no_grad and turns off the UNet's gradients itself.
@@ -53,6 +53,7 @@ class Base(Protocol):
     clip: ClipConfig  # the encoders whose features `features` gives, as they stand in the checkpoint
     dino: DinoConfig
     alphas_cumprod: torch.Tensor  # (timesteps,), float32, falling
+    # and, unless it predicts the noise, prediction = "v"
 
     def encode_text(self, captions: Captions) -> Text:
         """b texts; `captions` as the PairSource gives them, phrases possibly dropped."""
@@ -60,8 +61,13 @@ class Base(Protocol):
     def empty_text(self) -> Text:
         """One text with as many tokens: what stands for "no text"."""
 
-    def added_conditions(self, text: Text, latents: torch.Tensor) -> dict[str, torch.Tensor] | None:
-        """What the UNet reads besides the text tokens (diffusers' added_cond_kwargs) for b texts and latents; None without."""
+    def added_conditions(
+        self, text: Text, latents: torch.Tensor, sizes: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor] | None:
+        """What the UNet reads besides the text tokens (diffusers' added_cond_kwargs) for b texts and latents; None without.
+
+        `sizes`: Batch.sizes; None: pictures as large as the latents, neither scaled nor cropped.
+        """
 
     def to_latents(self, pictures: torch.Tensor) -> torch.Tensor:
         """(b, 3, h, w) in -1..1 -> (b, c, h', w'), scaled as the UNet expects them."""
@@ -71,6 +77,11 @@ class Base(Protocol):
 
     def features(self, references: Any) -> dict[str, torch.Tensor]:
         """Batch.references -> "cls" (b, clip width) and "patches" (b, p, dino width); zeros stand for "no reference"."""
+
+
+def prediction_of(base: Base) -> str:
+    """ "epsilon" or "v"."""
+    return getattr(base, "prediction", "epsilon")
 
 
 Probe = Callable[[FlexIPNetwork, int], Mapping[str, float]]
@@ -83,3 +94,4 @@ class Task(NamedTuple):
     base: Base
     source: PairSource
     probe: Probe | None = None
+    validation: PairSource | None = None  # never trained on

@@ -23,11 +23,12 @@ import torch
 from .base import Base
 from .choice import DEFAULTS, MEMORY, Choice, Loader, check_size
 from .dataset import DataSet, View, phrases_of, scan
-from .entries import KEPT, Contents, Entries, Memo, Names, check_identity, kinds_of
-from .pictures import CUTS, Cut, CutOptions, fixed_cuts, reference, target
+from .entries import KEPT, Contents, Entries, Memo, Names, check_identity, kinds_of, packed_place, place_name
+from .pictures import CUTS, Cut, CutOptions, fixed_cuts, reference, target, target_place
 from .ranks import TrainingError
 
 SUBSETS = 16  # of a caption's phrases, at most; longer captions with dropped phrases are encoded while training
+MOST_TEXTS = 20_000  # kept: 2.4 GB for SD1.5, 6.3 GB for SDXL; more of them are encoded while training
 _SPARE = 1.02  # of the disk space, for headers
 
 
@@ -42,6 +43,7 @@ class Plan:
     wanted: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)  # the same -> "cls", "patches" -> name
     kept: int = 0  # entries that are there already
     long_captions: int = 0  # whose phrases are too many to keep all subsets
+    left_out: int = 0  # texts that are not kept, because there are too many
 
     @property
     def jobs(self) -> int:
@@ -57,8 +59,10 @@ def plan(
     drop_phrases: bool = False,
     options: CutOptions = DEFAULTS,
     cuts: int = CUTS,
+    most_texts: int = MOST_TEXTS,
 ) -> Plan:
-    """What is missing in the cache."""
+    """What is missing in the cache. Of more than `most_texts` texts none is kept: who encodes some while training has the encoders in
+    memory anyway."""
     check_size(size)
     check_identity(identity)
     result = Plan(Names(size, identity))
@@ -91,6 +95,10 @@ def plan(
                     result.features[content, repr(cut)] = view, cut
                     result.wanted[content, repr(cut)] = needed
     memo.save()
+    if len(result.texts) > most_texts:
+        empty = names.text(())
+        result.left_out = len(result.texts) - (empty in result.texts)
+        result.texts = {name: phrases for name, phrases in result.texts.items() if name == empty}
     return result
 
 
@@ -110,15 +118,20 @@ class Filled:
     kept: int  # entries that were there already
     bytes: int  # of the new entries
     long_captions: int
+    left_out: int = 0
 
     def text(self) -> str:
         long = (
             f" {self.long_captions} captions have more than {SUBSETS.bit_length() - 1} phrases; what dropout leaves of them is encoded "
             "while training."
         )
+        too_many = (
+            f" {self.left_out} texts are too many to keep (--texts raises it), so they are encoded while training."
+        )
         return (
             f"{self.computed} texts and pictures to encode, {self.kept} entries are there, {self.bytes / 2**20:.1f} MB to write."
             + (long if self.long_captions else "")
+            + (too_many if self.left_out else "")
         )
 
 
@@ -134,23 +147,25 @@ def fill(
     cuts: int = CUTS,
     batch: int = 8,
     workers: int | None = None,
+    texts: int = MOST_TEXTS,
     on_start: Callable[[Filled], bool | None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Filled:
     """Computes what is missing, for train and val. An interrupted run loses nothing that was encoded.
 
     on_start gets what will be done before anything is written (False: it is not done). patches: DINO's, 512 KB per reference.
-    drop_phrases: texts for everything that phrase dropout can leave. RuntimeError where the disk is too small.
+    drop_phrases: texts for everything that phrase dropout can leave; `texts`: how many may be kept. RuntimeError where the disk is too
+    small.
     """
     entries = Entries(cache)
     sets = [scan(data, "train"), scan(data, "val")]
-    todo = plan(sets, size, entries, identity, patches, drop_phrases, options, cuts)
+    todo = plan(sets, size, entries, identity, patches, drop_phrases, options, cuts, texts)
     loader = Loader(sets[0].store, size, MEMORY)
     encode = _Encoders(base, todo, loader, entries)
-    about = Filled(todo.jobs, todo.kept, encode.measure(), todo.long_captions)
+    about = Filled(todo.jobs, todo.kept, encode.measure(), todo.long_captions, todo.left_out)
     if on_start is not None and on_start(about) is False:
         return about
-    _check_disk(Path(cache), about.bytes)
+    _check_disk(Path(cache), about.bytes, patches)
     done = 0
     try:
         with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
@@ -163,13 +178,13 @@ def fill(
     return about
 
 
-def _check_disk(folder: Path, needed: int) -> None:
+def _check_disk(folder: Path, needed: int, patches: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed * _SPARE:
         raise TrainingError(
             f"Cache: {needed / 2**20:.0f} MB are needed in {folder}, {free / 2**20:.0f} MB are free; make room, choose another "
-            "folder, or leave out patches."
+            f"folder, or keep fewer texts (--texts){' or no patches' if patches else ''}."
         )
 
 
@@ -233,9 +248,15 @@ class _Encoders:
     @torch.no_grad()
     def _latents(self, jobs: list, pool: ThreadPoolExecutor | None) -> Iterator[tuple[str, torch.Tensor]]:
         size = self.todo.names.size
-        pictures = _map(pool, lambda job: target(self.load(job[1]), size), jobs)
-        latents = self.base.to_latents(torch.stack(pictures))
-        yield from zip((name for name, _ in jobs), latents)
+        made = _map(pool, lambda job: self._target(job[1], size), jobs)
+        latents = self.base.to_latents(torch.stack([picture for picture, _ in made]))
+        for (name, _), latent, (_, place) in zip(jobs, latents, made):
+            yield name, latent
+            yield place_name(name), packed_place(place)
+
+    def _target(self, view: View, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        picture = self.load(view)
+        return target(picture, size), target_place(picture, size)
 
     @torch.no_grad()
     def _features(self, jobs: list, pool: ThreadPoolExecutor | None) -> Iterator[tuple[str, torch.Tensor]]:

@@ -14,8 +14,11 @@ from .base import Base, Text
 from .choice import DEFAULTS, MEMORY, Choice, Loader, Redraw, check_size
 from .data import ALL, INVARIANT, VARIANT, Batch, Captions
 from .dataset import DataSet, part_of, phrases_of
-from .entries import KEPT, Contents, Entries, Memo, Names, check_identity, kinds_of
+from .entries import KEPT, Contents, Entries, Memo, Names, check_identity, kinds_of, place_name, unpacked_place
 from .pictures import CUTS, CutOptions, fixed_cuts, reference
+
+Row = tuple[torch.Tensor, tuple[str, ...], dict[str, torch.Tensor], torch.Tensor | None]
+"""Latents, caption, what is kept of the reference (its picture where patches are not), and where the target was cut out."""
 
 
 class CachedSource:
@@ -84,15 +87,16 @@ class CachedSource:
         draws = torch.rand(len(kinds), 4, generator=generator, dtype=torch.float64)
         kinds = kinds[rows]
         made = list(self._workers.map(self._row, kinds.tolist(), draws[rows].tolist()))
-        latents, captions, references = zip(*made)
+        latents, captions, references, places = zip(*made)
         stacked = {name: torch.stack([own[name] for own in references]) for name in references[0]}
-        return Batch(torch.stack(latents), stacked, list(captions), kinds)
+        known = [place for place in places if place is not None]  # a cache of an older version has none
+        sizes = torch.stack(known) if len(known) == len(places) else None
+        return Batch(torch.stack(latents), stacked, list(captions), kinds, sizes)
 
-    def _row(self, kind: int, draws: list[float]) -> tuple[torch.Tensor, tuple[str, ...], dict[str, torch.Tensor]]:
-        """Latent, caption, and what is kept of the reference; its picture where patches are not."""
+    def _row(self, kind: int, draws: list[float]) -> Row:
         return self._readable(lambda draws: self._made(kind, draws), draws)
 
-    def _made(self, kind: int, draws: list[float]) -> tuple[torch.Tensor, tuple[str, ...], dict[str, torch.Tensor]]:
+    def _made(self, kind: int, draws: list[float]) -> Row:
         shown, other = self.choice(kind, draws[:3])
         content, masked = self._contents(other)
         cuts = self._cuts[kind, masked]
@@ -101,7 +105,10 @@ class CachedSource:
         own = {entry: self.entries[self.names.feature(entry, content, cut)] for entry in kept}
         if not self.patches:
             own["pictures"] = reference(self.load(other), cut, self.size)
-        return self.entries[self.names.latents(self._contents(shown)[0])], phrases_of(self.data.caption(shown)), own
+        latents = self.names.latents(self._contents(shown)[0])
+        place = place_name(latents)
+        where = unpacked_place(self.entries[place]) if place in self.entries else None
+        return self.entries[latents], phrases_of(self.data.caption(shown)), own, where
 
 
 class CachedBase:

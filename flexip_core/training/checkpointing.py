@@ -1,6 +1,6 @@
 """The state of a training run in one safetensors file per checkpoint, no pickle, and the adapters that come out of it.
 
-Tensors: `weights.<key>` and `average.<key>` of the whole network, `moment1.<key>`, `moment2.<key>` and `count.<key>` of AdamW for
+Tensors: `weights.<key>` and, unless it is off, `average.<key>` of the whole network, `moment1.<key>`, `moment2.<key>` and `count.<key>` of AdamW for
 what is trained, `meter` (losses since the last log line). Metadata: `flexip.training` = JSON. Randomness needs no state: it is a
 function of (seed, step), and the number of ranks changes nothing, so a run may go on with more or fewer. The learning rate is one of the step.
 """
@@ -34,7 +34,7 @@ STATE_KEY = "flexip.training"
 _NAME = re.compile(r"state_(\d{8})\.safetensors")
 MAY_CHANGE = {
     *("steps", "folder", "device", "recompute", "log_every", "probe_every", "checkpoint_every", "keep"),
-    *("half", "license"),
+    *("half", "license", "accumulate", "start_from", "validate"),
     *(f"task.{name}" for name in ("cache", "workers", "memory", "probe_cases", "probe_steps", "probe_cfg")),
 }
 """Settings that a resumed run may have different: they change none of the steps done so far, or (a cache) nothing that matters."""
@@ -63,13 +63,14 @@ class Progress:
 
 def state_tensors(
     network: FlexIPNetwork,
-    average: FlexIPNetwork,
+    average: FlexIPNetwork | None,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.AdamW,
     meter: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     tensors = {f"weights.{key}": value for key, value in network.state_dict().items()}
-    tensors |= {f"average.{key}": value for key, value in average.state_dict().items()}
+    if average is not None:
+        tensors |= {f"average.{key}": value for key, value in average.state_dict().items()}
     for key, parameter in parameters.items():
         moments = optimizer.state[parameter]
         tensors[f"moment1.{key}"] = moments["exp_avg"]
@@ -226,15 +227,26 @@ def load_into(
     path: str | os.PathLike,
     tensors: dict[str, torch.Tensor],
     network: FlexIPNetwork,
-    average: FlexIPNetwork,
+    average: FlexIPNetwork | None,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.AdamW,
     meter: torch.Tensor,
 ) -> None:
-    """Everything back in place, bit by bit; every expected tensor and no other must be there."""
-    wanted = {
-        f"{part}.{key}": value.shape for part in ("weights", "average") for key, value in network.state_dict().items()
-    }
+    """Everything back in place, bit by bit; every expected tensor and no other must be there.
+
+    But for the average: it may be turned off, and begins with the weights where it is turned on.
+    """
+    averaged = {key: value for key, value in tensors.items() if key.startswith("average.")}
+    tensors = {key: value for key, value in tensors.items() if key not in averaged}
+    if average is not None:
+        begin = {
+            f"average.{key.removeprefix('weights.')}": value
+            for key, value in tensors.items()
+            if key.startswith("weights.")
+        }
+        tensors |= averaged or begin
+    parts = {"weights": network} if average is None else {"weights": network, "average": average}
+    wanted = {f"{part}.{key}": value.shape for part in parts for key, value in network.state_dict().items()}
     for key, parameter in parameters.items():
         wanted |= {f"moment1.{key}": parameter.shape, f"moment2.{key}": parameter.shape, f"count.{key}": torch.Size(())}
     wanted["meter"] = meter.shape
@@ -251,7 +263,7 @@ def load_into(
                 f"{name_of(path)}: {key} has shape {list(tensors[key].shape)}, this run needs {list(shape)}; "
                 "resume from an older state."
             )
-    for part, module in (("weights", network), ("average", average)):
+    for part, module in parts.items():
         module.load_state_dict({key: tensors[f"{part}.{key}"] for key in module.state_dict()}, strict=True)
     names = {id(parameter): key for key, parameter in parameters.items()}
     state = optimizer.state_dict()
@@ -272,8 +284,11 @@ def export(state: str | os.PathLike, path: str | os.PathLike, part: str = "avera
     """A FlexIP checkpoint for ComfyUI from a training state: its averaged weights, or the last ones (`part` "weights")."""
     known = _about(state)
     config = FlexIPConfig.from_dict(known["network"])
+    found = read_tensors(state)
+    if not any(key.startswith("average.") for key in found):
+        part = "weights"  # ema.where = "off"
     prefix = f"{part}."
-    tensors = {key.removeprefix(prefix): value for key, value in read_tensors(state).items() if key.startswith(prefix)}
+    tensors = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
     with torch.device("meta"):
         network = FlexIPNetwork(config)
     network.load_state_dict(tensors, strict=True, assign=True)

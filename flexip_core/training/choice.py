@@ -69,7 +69,7 @@ def load(store: Store, view: View, size: int) -> Picture:
         if view.mask is not None:
             with store.open(view.mask) as mask_file:
                 mask = decode_mask(mask_file, view.mask, found.size)
-        return reduced(found.rgb, mask, size)
+        return reduced(found.rgb, mask, size, found.size)
 
 
 class Choice:

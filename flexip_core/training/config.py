@@ -19,6 +19,7 @@ from ..network.strict import Range, build, is_number
 PRECISIONS = ("fp32", "bf16")
 STARTS = ("text", "zero", "random")
 LOSS_WEIGHTS = ("min_snr", "none")
+AVERAGES = ("device", "cpu", "off")
 
 
 def _require(holds: bool, name: str, expected: str, got: Any) -> None:
@@ -96,10 +97,12 @@ class EmaConfig:
 
     decay: float = 0.9999
     power: float = 0.75
+    where: str = "device"  # "cpu": takes no memory of the device, a copy per step; "off": the last weights are what is probed and exported
 
     def __post_init__(self) -> None:
         _require(0 <= self.decay < 1, "ema.decay", "a number in 0..1", self.decay)
         _require(self.power > 0, "ema.power", "a number above 0", self.power)
+        _choice("ema.where", self.where, AVERAGES)
 
 
 @dataclass(frozen=True)
@@ -126,18 +129,25 @@ class TrainConfig:
     batch: int  # rows of one step, of all ranks together: each takes batch / ranks, which must be a whole number
     seed: int
     folder: str  # of the run: log, states, adapters
+    accumulate: int = (
+        1  # parts in which each rank computes its rows of a step, one after the other: less memory, the same step
+    )
     device: str = "cpu"
     recompute: bool = (
         False  # the UNet's activations a second time for the gradient instead of keeping them: slower, far less memory
     )
     precision: str = "fp32"  # of the UNet's and the adapters' arithmetic; the trained weights stay fp32
     start: str = "text"  # to_k, to_v: the UNet's own text projections, zero (the bare model at first), or random
+    start_from: tuple[
+        str, ...
+    ] = ()  # a FlexIP file, or one or two IP-Adapter files: what fits is taken, the rest is as `start` says
     train_adapters: tuple[str, ...] = ADAPTERS  # one alone is an IP-Adapter: the other takes no part
     mix: float = 0.5  # share of variant rows
     loss_weight: str = "min_snr"
     min_snr_gamma: float = 5.0
     log_every: int = 50
     probe_every: int = 500
+    validate: int = 64  # rows of val/ of each kind whose loss is told with the probe; 0: none
     checkpoint_every: int = 500
     keep: int = 2  # newest states kept
     half: bool = False  # the adapters that are exported: float16 instead of float32
@@ -150,9 +160,10 @@ class TrainConfig:
     task: dict[str, Any] = field(default_factory=dict)  # make = "module:function", and what else that function takes
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "log_every", "probe_every", "checkpoint_every", "keep"):
+        for name in ("steps", "batch", "accumulate", "log_every", "probe_every", "checkpoint_every", "keep"):
             _require(getattr(self, name) >= 1, name, "a whole number of at least 1", getattr(self, name))
-        _require(self.seed >= 0, "seed", "a whole number of at least 0", self.seed)
+        for name in ("seed", "validate"):
+            _require(getattr(self, name) >= 0, name, "a whole number of at least 0", getattr(self, name))
         _require(0 <= self.mix <= 1, "mix", "a share within 0..1", self.mix)
         _require(
             self.min_snr_gamma > 0, "min_snr_gamma", 'above 0 (loss_weight = "none" turns it off)', self.min_snr_gamma

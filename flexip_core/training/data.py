@@ -30,6 +30,9 @@ class Batch:
     )
     captions: Captions  # of the targets
     kinds: torch.Tensor  # (b,) of INVARIANT or VARIANT, as asked for
+    sizes: torch.Tensor | None = (
+        None  # (b, 4): height and width of the whole picture, top and left of the target in it as it was scaled
+    )
 
 
 class PairSource(Protocol):

@@ -217,3 +217,21 @@ def kinds_of(choice: Choice) -> dict[View, set[int]]:
             for view in group.views:
                 found.setdefault(view, set()).add(kind)
     return found
+
+
+_DIGIT = 1024  # half precision holds whole numbers up to 2048
+
+
+def place_name(latents: str) -> str:
+    """The entry beside an entry of latents: pictures.target_place."""
+    return f"{latents}.place"
+
+
+def packed_place(place: torch.Tensor) -> torch.Tensor:
+    """(4,) whole numbers -> (2, 4) that half precision holds exactly."""
+    return torch.stack([place // _DIGIT, place % _DIGIT])
+
+
+def unpacked_place(packed: torch.Tensor) -> torch.Tensor:
+    high, low = packed.long()
+    return _DIGIT * high + low

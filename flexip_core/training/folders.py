@@ -10,7 +10,10 @@ import torch
 from .choice import DEFAULTS, MEMORY, Choice, Loader, Redraw, check_size
 from .data import ALL, Batch
 from .dataset import DataSet, phrases_of
-from .pictures import CUT_DRAWS, CutOptions, draw_cut, reference, target
+from .pictures import CUT_DRAWS, CutOptions, draw_cut, reference, target, target_place
+
+Row = tuple[torch.Tensor, torch.Tensor, tuple[str, ...], torch.Tensor]
+"""Target, reference, caption, and where the target was cut out."""
 
 
 class FolderPairs:
@@ -47,13 +50,13 @@ class FolderPairs:
         draws = torch.rand(len(kinds), 3 + CUT_DRAWS + 1, generator=generator, dtype=torch.float64)
         kinds = kinds[rows]
         made = list(self._workers.map(self.row, kinds.tolist(), draws[rows].tolist()))
-        targets, references, captions = zip(*made) if made else ((), (), ())
-        return Batch(torch.stack(targets), torch.stack(references), list(captions), kinds)
+        targets, references, captions, places = zip(*made) if made else ((), (), (), ())
+        return Batch(torch.stack(targets), torch.stack(references), list(captions), kinds, torch.stack(places))
 
-    def row(self, kind: int, draws: list[float]) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
+    def row(self, kind: int, draws: list[float]) -> Row:
         return self._readable(lambda draws: self._row(kind, draws), draws)
 
-    def _row(self, kind: int, draws: list[float]) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
+    def _row(self, kind: int, draws: list[float]) -> Row:
         shown, other = self.choice(kind, draws[:3])
         flip = draws[-1] < self.flip
         picture = self.load(shown)
@@ -63,4 +66,5 @@ class FolderPairs:
             target(picture, self.size, flip),
             reference(source, cut, self.size, flip),
             phrases_of(self.data.caption(shown)),
+            target_place(picture, self.size, flip),
         )

@@ -1,12 +1,11 @@
 """The training loop: one step is a function of the weights, the config and (seed, step), however many ranks share it.
 
-Shape legend: b batch, c x h x w latent, t text tokens, w text width.
+Shape legend: b batch.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import math
@@ -22,10 +21,9 @@ import torch
 from ..files.checkpoint import save_checkpoint
 from ..files.parse import parse_json
 from ..files.weights import write_atomically
-from ..integrations.diffusers import block_widths, branches, gated, text_projections
 from ..network.adapters import FlexIPNetwork
-from ..network.config import FlexIPConfig
 from ..network.gate import Numbers
+from .ahead import Ahead
 from .base import Base, Probe, Text
 from .checkpointing import (
     Progress,
@@ -37,21 +35,17 @@ from .checkpointing import (
     state_tensors,
     states,
 )
-from .config import DropoutConfig, GateConfig, TrainConfig
-from .data import INVARIANT, VARIANT, Batch, PairSource, check_source, drop_phrases
-from .losses import Meter, add_noise, min_snr_weights, noise_loss
-from .optim import (
-    average_gradients,
-    ema_decay,
-    gradient_norms,
-    lr_at,
-    make_optimizer,
-    trainable,
-    update_average,
-)
+from .config import TrainConfig
+from .data import Batch, PairSource, check_source
+from .draws import draw_gates, draw_kinds, generator
+from .forward import Forward
+from .losses import Meter
+from .optim import average_gradients, ema_decay, gradient_norms, lr_at, make_optimizer, trainable, update_average
 from .ranks import Ranks, TrainingError
 from .recompute import set_recompute
+from .start import make_network, trained_weights
 from .stopping import asked_to_stop
+from .validation import validation_losses
 
 LOG, BEST, FINAL = "log.jsonl", "best.safetensors", "final.safetensors"
 
@@ -64,31 +58,8 @@ class Step:
     loss: float
     gradient_norms: dict[str, float]  # adapter -> before clipping
     lr: float
-
-
-def generator(seed: int, step: int, rank: int, purpose: str) -> torch.Generator:
-    """Each purpose has draws of its own, so that a source that draws more changes neither noise nor gates."""
-    digest = hashlib.blake2b(f"{seed} {step} {rank} {purpose}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def draw_kinds(batch: int, mix: float, g: torch.Generator) -> torch.Tensor:
-    return torch.where(torch.rand(batch, generator=g) < mix, VARIANT, INVARIANT)
-
-
-def draw_gates(kinds: torch.Tensor, cfg: GateConfig, g: torch.Generator) -> Numbers:
-    """γ of each row, evenly from the range of its kind."""
-    low, high = torch.tensor([cfg.invariant, cfg.variant], dtype=torch.float64)[kinds].T
-    return tuple((low + (high - low) * torch.rand(len(kinds), generator=g, dtype=torch.float64)).tolist())
-
-
-def draw_dropout(batch: int, cfg: DropoutConfig, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """(b,) rows without reference, (b,) rows without text: one draw, so that the three shares exclude each other."""
-    draw = torch.rand(batch, generator=g)
-    image = draw < cfg.image
-    text = ~image & (draw < cfg.image + cfg.text)
-    both = ~image & ~text & (draw < cfg.image + cfg.text + cfg.both)
-    return image | both, text | both
+    seconds: float  # of this rank
+    waited: float  # of them, for the batch
 
 
 class Trainer:
@@ -98,38 +69,60 @@ class Trainer:
     """
 
     def __init__(
-        self, cfg: TrainConfig, base: Base, source: PairSource, probe: Probe | None = None, ranks: Ranks = Ranks()
+        self,
+        cfg: TrainConfig,
+        base: Base,
+        source: PairSource,
+        probe: Probe | None = None,
+        validation: PairSource | None = None,
+        ranks: Ranks = Ranks(),
     ):
         check_source(source, cfg)
         if cfg.batch % ranks.count:
             raise ValueError(
                 f"batch = {cfg.batch} rows cannot be shared evenly by {ranks.count} ranks; choose a multiple of {ranks.count}."
             )
-        self.cfg, self.base, self.source, self.probe, self.ranks = cfg, base, source, probe, ranks
+        share = cfg.batch // ranks.count
+        if share % cfg.accumulate:
+            raise ValueError(
+                f"accumulate = {cfg.accumulate} parts cannot share the {share} rows of a rank evenly; choose a divisor of {share}."
+            )
+        self.cfg, self.base, self.source, self.probe, self.ranks = (cfg, base, source, probe, ranks)
+        self.validation = validation
         self.device = base.alphas_cumprod.device
         base.unet.requires_grad_(False).eval()
         set_recompute(base.unet, cfg.recompute)
         self.network = make_network(cfg, base).to(self.device)
-        self.average = copy.deepcopy(self.network).requires_grad_(False).eval()
+        self.average = None
+        if cfg.ema.where != "off":
+            where = self.device if cfg.ema.where == "device" else "cpu"
+            self.average = copy.deepcopy(self.network).to(where).requires_grad_(False).eval()
         self.parameters = trainable(self.network, cfg.train_adapters)
         self.optimizer = make_optimizer(self.parameters, cfg.optimizer)
-        self.timestep_weights = torch.ones_like(base.alphas_cumprod)
-        if cfg.loss_weight == "min_snr":
-            self.timestep_weights = min_snr_weights(base.alphas_cumprod, cfg.min_snr_gamma)
+        self.forward = Forward.of(cfg, base, source.phrases)
+        self.timestep_weights = self.forward.timestep_weights
+        mine = ranks.rows(cfg.batch)
+        part = share // cfg.accumulate
+        self.parts = [slice(begin, begin + part) for begin in range(mine.start, mine.stop, part)]
+        self.ahead = Ahead(self._make_batch, self.device)
         self.meter = Meter(self.device)
         self.progress = Progress()
         self._saved = 0  # the newest state's step
         self._whole_step = True  # False while weights, moments and average are of two steps
-        average = self.average.get_parameter
-        self._pairs = [average(key) for key in self.parameters], list(self.parameters.values())
+        self._averaged = [self.average.get_parameter(key) for key in self.parameters] if self.average else []
 
-    def run(self, resume: bool = False, should_stop: Callable[[], bool] | None = None) -> bool:
+    def run(
+        self,
+        resume: bool = False,
+        should_stop: Callable[[], bool] | None = None,
+        on_step: Callable[[Step], None] = lambda step: None,
+    ) -> bool:
         """All steps that are left; True when done, False when a signal or `should_stop` ended it after saving the state."""
         self.start(resume)
         with asked_to_stop() as asked:
             while self.progress.step < self.cfg.steps:
                 with self._kept_on_error():
-                    self.advance()
+                    on_step(self.advance())
                 unfinished = self.progress.step < self.cfg.steps
                 stop = unfinished and (asked.is_set() or (should_stop is not None and should_stop()))
                 if self.ranks.any(stop):
@@ -173,24 +166,32 @@ class Trainer:
             with self.ranks.together():  # the others wait here for rank 0
                 if log:
                     self._log_losses(step)
-                if probe and self.probe is not None and self.ranks.first:
-                    self._run_probe()
+                if probe and self.ranks.first:
+                    if self.validation is not None and cfg.validate:
+                        self._validate()
+                    if self.probe is not None:
+                        self._run_probe()
                 if state:
                     self.save()
         return step
 
     def step(self) -> Step:
-        cfg, number, rows = self.cfg, self.progress.step, self.ranks.rows(self.cfg.batch)
+        cfg, number = self.cfg, self.progress.step
         kinds = draw_kinds(cfg.batch, cfg.mix, self._generator("kinds"))
         gates = draw_gates(kinds, cfg.gates, self._generator("gates"))
         self.optimizer.zero_grad(set_to_none=True)
+        begin, waited = time.perf_counter(), self.ahead.waited
+        found = []
         with self.ranks.together(), _memory_said(number + 1):
-            batch = self.source.batch(kinds, self._generator("pairs"), rows)
-            losses, timesteps = self.losses(batch, gates[rows])
-            loss = losses.mean()
-            if loss.requires_grad:  # otherwise the norms are 0, and _check says what that means
-                loss.backward()
-        losses, timesteps = average_gradients(self.parameters, losses.detach(), timesteps, self.ranks)  # of all rows
+            for index, rows in enumerate(self.parts):
+                batch = self.ahead.get((number, index), self._following(number, index))
+                losses, timesteps = self.losses(batch, gates[rows], rows)
+                loss = losses.mean() / len(self.parts)
+                if loss.requires_grad:  # otherwise the norms are 0, and _check says what that means
+                    loss.backward()
+                found.append((losses.detach(), timesteps))
+        losses, timesteps = map(torch.cat, zip(*found))
+        losses, timesteps = average_gradients(self.parameters, losses, timesteps, self.ranks)  # of all rows
         norms = gradient_norms(self.parameters)
         values = torch.stack([losses.mean(), *norms.values()]).tolist()  # the only wait for the device
         norms = dict(zip(norms, values[1:]))
@@ -201,46 +202,27 @@ class Trainer:
         self.meter.add(losses, kinds.to(self.device), timesteps, len(self.timestep_weights))
         self.progress.step += 1
         self._whole_step = True
-        return Step(number, values[0], norms, lr)
+        return Step(number, values[0], norms, lr, time.perf_counter() - begin, self.ahead.waited - waited)
 
-    def losses(self, batch: Batch, gates: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of each row (b,), and the rows' timesteps (b,). `batch` and `gates` are this rank's rows."""
-        cfg, base = self.cfg, self.base
-        total, rows = self._whole(len(gates))
-        g = self._generator("noise")
-        with torch.no_grad():
-            latents = base.to_latents(batch.targets)
-            text, features = self.conditions(batch)
-            timesteps = torch.randint(len(self.timestep_weights), (total,), generator=g)[rows].to(self.device)
-            # the whole batch's noise at every rank: 64 SDXL latents of 1024 px take about 70 ms
-            noise = torch.randn(total, *latents.shape[1:], generator=g)[rows].to(self.device)
-            noisy = add_noise(latents, noise, base.alphas_cumprod[timesteps])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-            added = branches(self.network, features, text.tokens, gates, adapters=cfg.train_adapters)
-            with gated(base.unet, added):
-                predicted = base.unet(
-                    noisy,
-                    timesteps,
-                    encoder_hidden_states=text.tokens,
-                    added_cond_kwargs=base.added_conditions(text, noisy),
-                    return_dict=False,
-                )[0]
-        return noise_loss(predicted, noise, self.timestep_weights[timesteps]), timesteps
+    def _make_batch(self, key: tuple[int, int]) -> Batch:
+        """A part of a step's rows of this rank, by the numbers of step and part."""
+        cfg, (number, index) = self.cfg, key
+        kinds = draw_kinds(cfg.batch, cfg.mix, generator(cfg.seed, number, 0, "kinds"))
+        return self.source.batch(kinds, generator(cfg.seed, number, 0, "pairs"), self.parts[index])
+
+    def _following(self, number: int, index: int) -> tuple[int, int] | None:
+        if index + 1 < len(self.parts):
+            return number, index + 1
+        return (number + 1, 0) if number + 1 < self.cfg.steps else None
+
+    def losses(self, batch: Batch, gates: Numbers, rows: slice | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each row (b,), and the rows' timesteps (b,). `batch` and `gates` are `rows` of the step, or this rank's of any batch."""
+        total, rows = (self.cfg.batch, rows) if rows else self._whole(len(gates))
+        return self.forward.losses(self.network, batch, gates, self._generator, total, rows)
 
     def conditions(self, batch: Batch) -> tuple[Text, dict[str, torch.Tensor]]:
         """Texts and features of the references, with what this step drops."""
-        cfg, base = self.cfg.dropout, self.base
-        g = self._generator("dropout")
-        total, rows = self._whole(len(batch.kinds))
-        no_reference, no_text = (dropped[rows] for dropped in draw_dropout(total, cfg, g))
-        text = base.encode_text(drop_phrases(batch.captions, self.source.phrases, cfg, g, total, rows))
-        text = text.replaced(no_text, base.empty_text())
-        gone = no_reference.to(self.device)
-        features = {
-            name: value.masked_fill(gone.view(-1, *[1] * (value.dim() - 1)), 0.0)
-            for name, value in base.features(batch.references).items()
-        }
-        return text, features
+        return self.forward.conditions(batch, self._generator, *self._whole(len(batch.kinds)))
 
     def _whole(self, rows: int) -> tuple[int, slice]:
         """How many rows all ranks have where this one has `rows`, and which of them are this rank's."""
@@ -256,12 +238,20 @@ class Trainer:
         self._saved = self.progress.step
 
     def _save_adapters(self, name: str) -> None:
-        save_checkpoint(self.average, self.folder / name, about={"steps": self.progress.step, "weights": "average"})
+        weights = "average" if self.average is not None else "weights"
+        network = self.network if self.average is None else self.average
+        save_checkpoint(network, self.folder / name, about={"steps": self.progress.step, "weights": weights})
+
+    def _shown(self) -> FlexIPNetwork:
+        """What is probed and exported, on the device."""
+        if self.average is None:
+            return self.network
+        return self.average if self.cfg.ema.where == "device" else copy.deepcopy(self.average).to(self.device)
 
     def _state_size(self) -> int:
         """Bytes, but for some numbers: the network, its average, and two moments of what is trained."""
         network = sum(value.nbytes for value in self.network.state_dict().values())
-        return 2 * (network + sum(p.nbytes for p in self.parameters.values()))
+        return network * (1 + (self.average is not None)) + 2 * sum(p.nbytes for p in self.parameters.values())
 
     def resume(self, path: Path | None) -> None:
         """Goes on from the state that rank 0 gives; its path does not matter at the others."""
@@ -296,18 +286,35 @@ class Trainer:
             sent = 4 * sum(p.numel() for p in self.parameters.values()) / 1e6
             share = self.cfg.batch // self.ranks.count
             logging.info("%d ranks, %d rows each; %.0f MB of gradients per step.", self.ranks.count, share, sent)
+        numbers = sum(p.numel() for p in self.parameters.values()) / 1e6
+        logging.info(
+            "Training %.1f M numbers for %s: %d steps of %d rows on %s in %s, into %s.",
+            *(numbers, self.base.name, self.cfg.steps, self.cfg.batch, self.device, self.cfg.precision, self.folder),
+        )
         if self.ranks.any(bool(found)):
             self.resume(found[-1] if found else None)
             logging.info("Resumed at step %d.", self.progress.step)
+        elif self.cfg.start_from:
+            self._take_over()
         with self.ranks.together():
             if self.ranks.first:
                 keep_log_up_to(self.folder / LOG, self.progress.step)
+
+    def _take_over(self) -> None:
+        """Weights that are trained already, which rank 0 reads for all."""
+        tensors: dict[str, torch.Tensor] = {}
+        with self.ranks.together():
+            if self.ranks.first:
+                tensors = trained_weights(self.cfg.start_from, self.network)
+        _, tensors = self.ranks.send(None, tensors)
+        for network in filter(None, (self.network, self.average)):
+            network.load_state_dict(tensors, strict=False)
 
     def _identity(self) -> str:
         """What must be the same at all ranks, so that they stay alike: settings, first weights, base, and how much data."""
         if self.ranks.count == 1:
             return ""
-        settings = {k: v for k, v in self.cfg.to_dict().items() if k not in ("device", "folder", "task")}
+        settings = {k: v for k, v in self.cfg.to_dict().items() if k not in ("device", "folder", "task", "start_from")}
         weights = [*self.network.state_dict().values(), next(self.base.unet.parameters())]
         sums = [value.double().sum().item() for value in weights]
         return json.dumps([settings, sums, self.source.pictures(), dict(self.source.views())], sort_keys=True)
@@ -334,13 +341,14 @@ class Trainer:
                 )
 
     def _update(self, lr: float, norm: float) -> None:
-        average, current = self._pairs
+        current = list(self.parameters.values())
         if norm > self.cfg.optimizer.clip:
             torch._foreach_mul_([p.grad for p in current if p.grad is not None], self.cfg.optimizer.clip / norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        update_average(average, current, ema_decay(self.progress.step, self.cfg.ema))
+        if self.average is not None:
+            update_average(self._averaged, current, ema_decay(self.progress.step, self.cfg.ema))
 
     def _log_losses(self, step: Step) -> None:
         line = {
@@ -356,42 +364,27 @@ class Trainer:
         norms = ", ".join(f"{name} {norm:.3f}" for name, norm in step.gradient_norms.items())
         logging.info("Step %d: loss %.4f, gradient %s.", line["step"], line["loss"], norms)
 
+    def _validate(self) -> None:
+        found = validation_losses(self._shown(), self.forward, self.validation, self.cfg)
+        self._write({"step": self.progress.step, "validation": found})
+        kinds = ", ".join(f"{kind} {loss:.4f}" for kind, loss in found["loss_by_kind"].items() if loss is not None)
+        logging.info("Step %d: loss on pictures that are not trained on: %s.", self.progress.step, kinds)
+
     def _run_probe(self) -> None:
         with torch.no_grad():
-            scores = {name: float(value) for name, value in self.probe(self.average, self.progress.step).items()}
+            scores = {name: float(value) for name, value in self.probe(self._shown(), self.progress.step).items()}
         score = scores.get("score", math.nan)
         if not math.isfinite(score):
             raise TrainingError(f"The probe's 'score' is {score}; a probe must return one finite number of that name.")
         best = self.progress.best_score is None or score > self.progress.best_score
         if best:
-            self.progress.best_score, self.progress.best_step = score, self.progress.step
+            self.progress.best_score, self.progress.best_step = (score, self.progress.step)
             self._save_adapters(BEST)
         self._write({"step": self.progress.step, "probe": scores, "best": best})
 
     def _write(self, line: dict[str, Any]) -> None:
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def make_network(cfg: TrainConfig, base: Base) -> FlexIPNetwork:
-    """The adapters for this base, from the seed."""
-    projections = text_projections(base.unet)
-    for address, (to_k, _) in projections.items():
-        if to_k.shape[1] != base.text_width:
-            raise ValueError(
-                f"The base says that its text is {base.text_width} wide, its cross-attention at {address} reads {to_k.shape[1]}; "
-                "give the UNet and the text encoder of one model."
-            )
-    choices = {name: getattr(cfg.network, name) for name in vars(cfg.network)}
-    about = FlexIPConfig(base.name, base.text_width, block_widths(base.unet), clip=base.clip, dino=base.dino, **choices)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        network = FlexIPNetwork(about)
-    if cfg.start == "text":
-        network.init_from_text(projections)
-    elif cfg.start == "zero":
-        network.init_no_op()
-    return network
 
 
 def keep_log_up_to(path: Path, step: int) -> None:

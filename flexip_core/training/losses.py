@@ -1,4 +1,4 @@
-"""The loss: the base's own noise prediction, weighted so that easy timesteps do not dominate.
+"""The loss: the base's own prediction (of noise, or of v), weighted so that easy timesteps do not dominate.
 
 Shape legend: b batch, c x h x w latent.
 """
@@ -12,12 +12,13 @@ from .data import KINDS
 QUARTILES = 4
 
 
-def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float) -> torch.Tensor:
-    """min(SNR, gamma) / SNR per timestep, for a model that predicts the noise (Hang et al. 2023, arXiv:2303.09556)."""
+def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float, prediction: str = "epsilon") -> torch.Tensor:
+    """min(SNR, gamma) per timestep over SNR for a model that predicts the noise ("epsilon"), over SNR + 1 for one that predicts the
+    velocity ("v") (Hang et al. 2023, arXiv:2303.09556)."""
     if not gamma > 0:
         raise ValueError(f"min_snr_gamma must be above 0, got {gamma}: 0 would make the loss zero.")
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return (gamma / snr).clamp(max=1.0)
+    return (gamma / snr).clamp(max=1.0) if prediction == "epsilon" else snr.clamp(max=gamma) / (snr + 1)
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
@@ -26,9 +27,22 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
-def noise_loss(predicted: torch.Tensor, noise: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def prediction_target(
+    prediction: str,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+) -> torch.Tensor:
+    """What the base is to predict: the noise, or v = sqrt(a) noise - sqrt(1 - a) x_0 (Salimans and Ho 2022, arXiv:2202.00512)."""
+    if prediction == "epsilon":
+        return noise
+    a = alphas_cumprod.view(-1, 1, 1, 1)
+    return a.sqrt() * noise - (1 - a).sqrt() * latents
+
+
+def noise_loss(predicted: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """(b, c, h, w) twice and the weight of each row (b,) -> the loss of each row (b,), in float32."""
-    return (predicted.float() - noise).square().mean((1, 2, 3)) * weights
+    return (predicted.float() - wanted).square().mean((1, 2, 3)) * weights
 
 
 class Meter:

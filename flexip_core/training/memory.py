@@ -142,11 +142,11 @@ def count(
         adapters=adapters,
         gradients=trained,
         moments=2 * trained,
-        average=adapters,
+        average=adapters if cfg.ema.where == "device" else 0,
         copies=2 * one - two,
         row=two - one,
         block=block,
-        rows=cfg.batch // ranks,
+        rows=cfg.batch // ranks // cfg.accumulate,
     )
 
 

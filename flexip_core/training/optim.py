@@ -91,4 +91,9 @@ def ema_decay(step: int, cfg: EmaConfig) -> float:
 
 @torch.no_grad()
 def update_average(average: list[torch.Tensor], current: list[torch.Tensor], decay: float) -> None:
-    torch._foreach_lerp_(average, current, 1 - decay)
+    """`average` may be on the CPU: then the weights come there one by one."""
+    if average[0].device == current[0].device:
+        torch._foreach_lerp_(average, current, 1 - decay)
+    else:
+        for mean, now in zip(average, current):
+            mean.lerp_(now.to(mean.device), 1 - decay)

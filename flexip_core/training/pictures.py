@@ -64,6 +64,7 @@ class Cut:
 class Picture:
     rgb: Image.Image
     mask: Image.Image | None  # "L", as large as rgb; never empty
+    whole: tuple[int, int] | None = None  # width and height before it was made smaller; None: as rgb
 
     @property
     def bytes(self) -> int:
@@ -108,6 +109,16 @@ def target_box(picture: Picture) -> tuple[float, float, float, float]:
         x, y = (left + right) / 2, (top + bottom) / 2
     left, top = (min(max(middle - side / 2, 0), length - side) for middle, length in ((x, width), (y, height)))
     return left, top, left + side, top + side
+
+
+def target_place(picture: Picture, size: int, flip: bool = False) -> torch.Tensor:
+    """(4,): height and width of the whole picture, and top and left of the target in it as it was scaled for that, as SDXL reads them."""
+    left, top, right, _ = target_box(picture)
+    scale = size / (right - left)
+    if flip:
+        left = picture.rgb.width - right
+    width, height = picture.whole or picture.rgb.size
+    return torch.tensor([height, width, round(top * scale), round(left * scale)])
 
 
 def target(picture: Picture, size: int, flip: bool = False) -> torch.Tensor:
@@ -295,8 +306,9 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image
 
 
-def reduced(picture: Image.Image, mask: Image.Image | None, size: int) -> Picture:
-    """No larger than needed for targets of `size`: the shorter side at most MORE_THAN_SIZE times that."""
+def reduced(picture: Image.Image, mask: Image.Image | None, size: int, whole: tuple[int, int] | None = None) -> Picture:
+    """No larger than needed for targets of `size`: the shorter side at most MORE_THAN_SIZE times that. `whole`: its size in the file."""
+    whole = whole or picture.size
     scale = MORE_THAN_SIZE * size / min(picture.size)
     if scale < 1:
         smaller = tuple(max(1, round(length * scale)) for length in picture.size)
@@ -306,7 +318,7 @@ def reduced(picture: Image.Image, mask: Image.Image | None, size: int) -> Pictur
             mask = mask.resize(picture.size, Image.Resampling.BICUBIC, reducing_gap=3.0)
         if subject_box(mask) is None:
             mask = None
-    return Picture(picture, mask)
+    return Picture(picture, mask, whole)
 
 
 def clip_length(file: BinaryIO, name: str) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..integrations.diffusers import BlockBranches, branches, gated
 from ..network.adapters import ADAPTERS, FlexIPNetwork
-from .base import Base
+from .base import Base, prediction_of
 from .data import Captions
 
 Dial = Callable[[float, float, str], float]
@@ -70,17 +70,24 @@ def draw(
         return negative + cfg * (positive - negative)
 
     latents = noise.to(base.alphas_cumprod.device)
-    return base.to_pictures(ddim(predicted, latents, base.alphas_cumprod, steps))
+    return base.to_pictures(ddim(predicted, latents, base.alphas_cumprod, steps, prediction_of(base)))
 
 
 def ddim(
-    predicted: Callable[[Tensor, Tensor, float], Tensor], latents: Tensor, alphas_cumprod: Tensor, steps: int
+    predicted: Callable[[Tensor, Tensor, float], Tensor],
+    latents: Tensor,
+    alphas_cumprod: Tensor,
+    steps: int,
+    prediction: str = "epsilon",
 ) -> Tensor:
-    """`predicted(latents, timestep, share done)` is the noise in them; from the last timestep down to none."""
+    """`predicted(latents, timestep, share done)` is the noise in them, or v; from the last timestep down to none."""
     times = torch.linspace(len(alphas_cumprod) - 1, 0, steps + 1).round().long()[:-1].to(latents.device)
     kept = torch.cat([alphas_cumprod[times], alphas_cumprod.new_ones(1)])
     for number, (time, a, after) in enumerate(zip(times, kept, kept[1:])):
-        noise = predicted(latents, time, number / steps)
-        clean = (latents - (1 - a).sqrt() * noise) / a.sqrt()
+        out = predicted(latents, time, number / steps)
+        if prediction == "epsilon":
+            noise, clean = out, (latents - (1 - a).sqrt() * out) / a.sqrt()
+        else:
+            noise, clean = (a.sqrt() * out + (1 - a).sqrt() * latents, a.sqrt() * latents - (1 - a).sqrt() * out)
         latents = after.sqrt() * clean + (1 - after).sqrt() * noise
     return latents

@@ -25,6 +25,7 @@ from ..files.weights import name_of, read_tensors
 from ..network.adapters import ADAPTERS
 from ..network.config import ClipConfig, DinoConfig
 from .base import Task, Text
+from .cache import MOST_TEXTS, fill
 from .cached import cached
 from .config import TrainConfig, check_task
 from .data import Captions
@@ -37,6 +38,8 @@ from .sources import make_source
 
 _PARTS = ("text_encoders", "vae", "clip_tower", "dino_tower")
 JOIN = ", "  # between the phrases of a caption
+OTHERS = ("cache", "options", "prediction")  # that `make` takes beside numbers
+VAE_BYTES = 4096  # per pixel, while it encodes: a gigabyte for one picture of 512 px
 
 
 class SDBase:
@@ -49,13 +52,17 @@ class SDBase:
         dino: tuple[DinoConfig, Path],
         device: torch.device,
         unet: nn.Module,
+        encoders: torch.dtype = torch.float32,
+        prediction: str | None = None,
     ):
-        self.checkpoint, self.device, self.unet = checkpoint, device, unet
+        self.checkpoint, self.device, self.unet, self.dtype = checkpoint, device, unet, encoders
+        self.prediction = prediction or checkpoint.prediction
         self.name = checkpoint.family
         self.text_width = checkpoint.unet["cross_attention_dim"]
         (self.clip, self._clip_file), (self.dino, self._dino_file) = clip, dino
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        self.alphas_cumprod = torch.cumprod(1 - betas, 0).float().to(device)
+        alphas = torch.cumprod(1 - betas, 0)
+        self.alphas_cumprod = (zero_snr(alphas) if checkpoint.zero_snr else alphas).float().to(device)
 
     @classmethod
     def load(
@@ -65,24 +72,32 @@ class SDBase:
         dino: str | Path,
         device: str | torch.device = "cpu",
         precision: str = "fp32",
+        unet: bool = True,
+        prediction: str | None = None,
     ) -> SDBase:
-        """The frozen UNet in `precision` "fp32" or "bf16"; everything else runs in fp32.
+        """The frozen UNet in `precision` "fp32" or "bf16", and the encoders of text and references in bf16 on a GPU that computes in it.
+        The VAE runs in fp32: its latents are what the loss is made of.
 
+        `unet` False: without it, for who only encodes. `prediction`: "epsilon" or "v", for a checkpoint that does not say so itself.
         ValueError, one sentence naming the file, for a file that is something else or cannot be trained on.
         """
+        if prediction not in (None, "epsilon", "v"):
+            raise ValueError(f'[task] prediction must be "epsilon" or "v", got {prediction!r}.')
         about = read_checkpoint(checkpoint)
         encoders = (
             (encoder_in("clip_vision", clip_vision), Path(clip_vision)),
             (encoder_in("dino", dino), Path(dino)),
         )
-        unet = load_unet(about, torch.bfloat16 if precision == "bf16" else torch.float32)
-        return cls(about, *encoders, torch.device(device), unet.to(device))
+        half, place = precision == "bf16", torch.device(device)
+        module = load_unet(about, torch.bfloat16 if half else torch.float32).to(place) if unet else nn.Module()
+        fast = half and place.type == "cuda" and torch.cuda.is_bf16_supported()
+        return cls(about, *encoders, place, module, torch.bfloat16 if fast else torch.float32, prediction)
 
     # --- what is read when it is first used
 
     @functools.cached_property
     def text_encoders(self) -> list[nn.Module]:
-        return [load_text_encoder(self.checkpoint, text).to(self.device) for text in self.checkpoint.texts]
+        return [load_text_encoder(self.checkpoint, text).to(self.device, self.dtype) for text in self.checkpoint.texts]
 
     @functools.cached_property
     def vae(self) -> Vae:
@@ -90,11 +105,11 @@ class SDBase:
 
     @functools.cached_property
     def clip_tower(self) -> ClipTower:
-        return load_tower(self.clip, self._clip_file).to(self.device)
+        return load_tower(self.clip, self._clip_file).to(self.device, self.dtype)
 
     @functools.cached_property
     def dino_tower(self) -> DinoTower:
-        return load_tower(self.dino, self._dino_file).to(self.device)
+        return load_tower(self.dino, self._dino_file).to(self.device, self.dtype)
 
     def release(self) -> None:
         """Everything but the UNet leaves the memory, until it is used again."""
@@ -113,7 +128,8 @@ class SDBase:
         found = [
             _encode(module, text, prompts, last) for module, text in zip(self.text_encoders, self.checkpoint.texts)
         ]
-        return Text(torch.cat([tokens for tokens, _ in found], -1), found[-1][1])
+        pooled = found[-1][1]
+        return Text(torch.cat([tokens for tokens, _ in found], -1).float(), None if pooled is None else pooled.float())
 
     def empty_text(self) -> Text:
         return self._empty
@@ -122,19 +138,31 @@ class SDBase:
     def _empty(self) -> Text:
         return self.encode_text([()])
 
-    def added_conditions(self, text: Text, latents: Tensor) -> dict[str, Tensor] | None:
-        """SDXL's pooled text, and its sizes: the picture as it is trained, neither scaled nor cropped."""
+    def added_conditions(self, text: Text, latents: Tensor, sizes: Tensor | None = None) -> dict[str, Tensor] | None:
+        """SDXL's pooled text, and its sizes: of the whole picture, where the target was cut out of it, and of the target.
+
+        So small or cut-off pictures do not teach that all are. Without `sizes` the picture is as it was asked for, whole.
+        """
         if text.pooled is None:
             return None
-        height, width = (SIDE * side for side in latents.shape[2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=latents.device, dtype=torch.float32)
-        return {"text_embeds": text.pooled, "time_ids": sizes.expand(len(latents), -1)}
+        target = torch.tensor([SIDE * side for side in latents.shape[2:]], dtype=torch.float32)
+        target = target.expand(len(latents), -1)
+        whole = torch.cat([target, torch.zeros_like(target)], 1) if sizes is None else sizes.float().cpu()
+        return {"text_embeds": text.pooled, "time_ids": torch.cat([whole, target], 1).to(latents.device)}
 
     @torch.no_grad()
     def to_latents(self, pictures: Tensor) -> Tensor:
-        """Pictures (b, 3, h, w) in -1..1, one by one: the VAE needs about a gigabyte for one of 512 px."""
-        rows = [self.vae.encode(picture) for picture in pictures.to(self.device, torch.float32).split(1)]
+        """Pictures (b, 3, h, w) in -1..1, as many at once as the device has room for."""
+        pictures = pictures.to(self.device, torch.float32)
+        rows = [self.vae.encode(some) for some in pictures.split(self.at_once(pictures))]
         return torch.cat(rows) * self.checkpoint.latent_scale
+
+    def at_once(self, pictures: Tensor) -> int:
+        """How many the VAE encodes together: on a GPU what takes half of the memory that is free, elsewhere one."""
+        if self.device.type != "cuda":
+            return 1
+        free = torch.cuda.mem_get_info(self.device)[0]
+        return max(1, min(len(pictures), int(free / 2 // (VAE_BYTES * pictures[0, 0].numel()))))
 
     @torch.no_grad()
     def to_pictures(self, latents: Tensor) -> Tensor:
@@ -146,20 +174,23 @@ class SDBase:
         """References (b, 3, h, w) in -1..1, seen as Encode Reference shows them with crop "center"."""
         references = references.to(self.device, torch.float32)
         return {
-            "cls": self.clip_tower(pixels_for(self.clip_tower, references)),
+            "cls": self._seen_by(self.clip_tower, references),
             "patches": self.patches(references),
         }
 
     @torch.no_grad()
     def patches(self, references: Tensor) -> Tensor:
         """DINO's part of `features` alone."""
-        return self.dino_tower(pixels_for(self.dino_tower, references.to(self.device, torch.float32)))
+        return self._seen_by(self.dino_tower, references.to(self.device, torch.float32))
+
+    def _seen_by(self, tower: ClipTower | DinoTower, references: Tensor) -> Tensor:
+        return tower(pixels_for(tower, references).to(self.dtype)).float()
 
     @torch.no_grad()
     def seen(self, pictures: Tensor) -> dict[str, Tensor]:
         """What a probe compares, of pictures (n, 3, h, w) in -1..1: the features, and "dino" (n, width), its [CLS]."""
         pixels = pixels_for(self.dino_tower, pictures.to(self.device, torch.float32))
-        return {"dino": self.dino_tower.cls(pixels), **self.features(pictures)}
+        return {"dino": self.dino_tower.cls(pixels.to(self.dtype)).float(), **self.features(pictures)}
 
 
 def _encode(module: nn.Module, text: TextEncoder, prompts: Sequence[str], last: bool) -> tuple[Tensor, Tensor | None]:
@@ -169,6 +200,14 @@ def _encode(module: nn.Module, text: TextEncoder, prompts: Sequence[str], last: 
     )
     tokens = out.last_hidden_state if last else out.hidden_states[-2]
     return tokens, out.text_embeds if text.projected else None
+
+
+def zero_snr(alphas_cumprod: Tensor) -> Tensor:
+    """The schedule shifted and scaled so that the last timestep is pure noise (Lin et al. 2023, arXiv:2305.08891), as ComfyUI does it
+    for checkpoints with "ztsnr": all but a last rest, so that nothing is divided by 0."""
+    root = alphas_cumprod.sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return torch.cat([root[:-1] ** 2, root.new_tensor([4.8973451890853435e-08])])
 
 
 def token_numbers(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
@@ -295,13 +334,14 @@ def make(
     probe_cases: int = 4,
     probe_steps: int = 20,
     probe_cfg: float = 7.0,
+    prediction: str | None = None,
     **options: Any,
 ) -> Task:
     """`[task] make = "flexip_core.training.sd:make"`: base, pictures and probe of real training.
 
     `data`: a folder or shards (dataset.py); `cache`: a folder that the command `cache` has filled; `options`: the source's.
     `run` is the config that names this task: its precision, and its folder for the previews. The probe shows data from val/,
-    without that pictures that are trained on. probe_cases = 0: no probe.
+    without that pictures that are trained on. probe_cases = 0: no probe. `prediction`: as for SDBase.load.
     """
     given = {
         "size": size,
@@ -310,19 +350,18 @@ def make(
         "probe_steps": probe_steps,
         "probe_cfg": probe_cfg,
     }
-    check_task({name: value for name, value in {**given, **options}.items() if value is not None}, ("cache", "options"))
+    check_task({name: value for name, value in {**given, **options}.items() if value is not None}, OTHERS)
     if cache is not None:
         check_place(cache, data)
-    base = SDBase.load(checkpoint, clip_vision, dino, device, run.precision if run else "fp32")
+    base = SDBase.load(checkpoint, clip_vision, dino, device, run.precision if run else "fp32", prediction=prediction)
     store = open_store(data)
     pictures = scan(store)
-    probe = None
+    probe, shown = None, scan(store, "val")
+    held_out = bool(shown.subjects or shown.loose)
     if probe_cases:
-        shown = scan(store, "val")
-        if not (shown.subjects or shown.loose):
+        if not held_out:
             logging.info("%s has no val/ folder, so the probe shows pictures that are trained on.", data)
-            shown = pictures
-        cases = choose_cases(make_source(shown, size), probe_cases)
+        cases = choose_cases(make_source(shown if held_out else pictures, size), probe_cases)
         probe = PictureProbe(
             base,
             cases,
@@ -333,17 +372,21 @@ def make(
             probe_cfg,
             release=cache is not None,
         )
+    wanted = held_out and bool(run and run.validate)
     if cache is None:
-        return Task(base, make_source(pictures, size, **options), probe)
-    kept = cached(base, pictures, size, cache, file_identity(checkpoint, clip_vision, dino, cache), **options)
-    return Task(*kept, probe)
+        return Task(base, make_source(pictures, size, **options), probe, make_source(shown, size) if wanted else None)
+    identity = file_identity(checkpoint, clip_vision, dino, cache)
+    kept, source = cached(base, pictures, size, cache, identity, **options)
+    validation = make_source(shown, size, source.entries, identity, **options) if wanted else None
+    return Task(kept, source, probe, validation)
 
 
-def fill_cache(cfg: TrainConfig, patches: bool = False, dry_run: bool = False) -> None:
-    """What the command `cache` does for a config whose task is `make` with a cache folder. Says before how much it is."""
+def fill_cache(cfg: TrainConfig, patches: bool = False, dry_run: bool = False, texts: int = MOST_TEXTS) -> None:
+    """What the command `cache` does for a config whose task is `make` with a cache folder. Says before how much it is.
+
+    No UNet is read. `texts`: as for cache.fill.
+    """
     from tqdm import tqdm
-
-    from .cache import fill
 
     task = dict(cfg.task)
     if "cache" not in task or str(task.get("make")) != "flexip_core.training.sd:make":
@@ -352,7 +395,7 @@ def fill_cache(cfg: TrainConfig, patches: bool = False, dry_run: bool = False) -
         )
     check_place(task["cache"], task["data"])
     files = [task[name] for name in ("checkpoint", "clip_vision", "dino")]
-    base = SDBase.load(*files, device=cfg.device)
+    base = SDBase.load(*files, device=cfg.device, precision=cfg.precision, unet=False)
     drops = cfg.dropout.phrase > 0 or any(cfg.dropout.phrases.values())
 
     def told(about) -> bool:
@@ -368,6 +411,7 @@ def fill_cache(cfg: TrainConfig, patches: bool = False, dry_run: bool = False) -
             file_identity(*files, task["cache"]),
             patches=patches,
             drop_phrases=drops,
+            texts=texts,
             on_start=told,
             on_progress=lambda done, total: (setattr(bar, "total", total), bar.update(done - bar.n)),
         )

@@ -8,6 +8,8 @@ NOT in the shapes, so decided here for the two families, which are told apart by
     heads of the UNet                8 in every block               64 channels each
     latent scale                     0.18215                        0.13025
     noise schedule, prediction       scaled linear, 1000, noise     the same
+                                     (a file that carries "v_pred", or says "v" in modelspec.prediction_type, predicts v; with "ztsnr"
+                                     its last timestep is pure noise, both as in ComfyUI's supported_models.py)
     heads of the text encoders       64 channels each               64 channels each
     activation of the text encoders  QuickGELU (CLIP-L)             QuickGELU (CLIP-L), GELU (OpenCLIP bigG)
     layer that is read               the last one, normed           the last but one of both, not normed
@@ -59,6 +61,8 @@ class Checkpoint:
     vae: dict[str, Any]  # arguments of diffusers' AutoencoderKL, or of AutoencoderTiny
     tiny_vae: bool
     latent_scale: float
+    prediction: str  # "epsilon" (the noise) or "v"
+    zero_snr: bool  # the last timestep is pure noise
     shapes: Shapes
 
     def keys(self, prefix: str) -> list[str]:
@@ -91,23 +95,24 @@ def _describe(header: Header) -> Checkpoint:
             f"has a UNet that reads text {unet['cross_attention_dim']} wide, its text encoders give {width}; {_CHOOSE}"
         )
     vae, tiny = _vae(shapes)
-    return Checkpoint(header.path, family, unet, texts, vae, tiny, _BY_FAMILY[family], shapes)
+    return Checkpoint(header.path, family, unet, texts, vae, tiny, _BY_FAMILY[family], *prediction(header), shapes)
+
+
+def prediction(header: Header) -> tuple[str, bool]:
+    """What the file says that its UNet predicts, "epsilon" or "v", and whether its last timestep is pure noise."""
+    velocity = "v_pred" in header.shapes or header.metadata.get("modelspec.prediction_type") == "v"
+    return ("v" if velocity else "epsilon"), velocity and "ztsnr" in header.shapes
 
 
 def _family(header: Header) -> str:
-    shapes, metadata = header.shapes, header.metadata
+    shapes = header.shapes
     channels = shapes[f"{UNET}input_blocks.0.0.weight"][1]
     if channels == 9:
         raise ValueError("is an inpainting model (9 input channels), adapters are trained on the plain one; " + _CHOOSE)
     if channels != LATENT_CHANNELS:
         raise ValueError(f"has a UNet with {channels} input channels instead of {LATENT_CHANNELS}; {_CHOOSE}")
-    if (
-        any(key in shapes for key in ("v_pred", "edm_vpred.sigma_max"))
-        or metadata.get("modelspec.prediction_type") == "v"
-    ):
-        raise ValueError(
-            "is a v-prediction model, the trainer needs one that predicts the noise; choose another checkpoint"
-        )
+    if "edm_vpred.sigma_max" in shapes:
+        raise ValueError(f"has EDM's noise schedule, which the trainer does not know; {_CHOOSE}")
     if "edm_mean" in shapes:
         raise ValueError(f"is a Playground model with a noise schedule of its own; {_CHOOSE}")
     if f"{UNET}label_emb.0.0.weight" not in shapes:

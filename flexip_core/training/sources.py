@@ -8,13 +8,14 @@ from typing import Any
 
 from .cached import CachedSource
 from .dataset import DataSet, part_of
+from .entries import Entries
 from .folders import FolderPairs
 
 
 def make_source(
     data: str | os.PathLike | DataSet,
     size: int,
-    cache: str | os.PathLike | None = None,
+    cache: str | os.PathLike | Entries | None = None,
     identity: Mapping[str, str] | None = None,
     part: str = "train",
     **options: Any,

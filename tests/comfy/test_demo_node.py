@@ -10,7 +10,7 @@ from flexip_pack.flexip_core.mini_world import encoders, files, runs, sampling, 
 from flexip_pack.flexip_core.mini_world.architecture import to_pictures
 from flexip_pack.flexip_core.mini_world.base import BaseRun
 from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
-from flexip_pack.flexip_core.training.loop import make_network
+from flexip_pack.flexip_core.training.start import make_network
 from flexip_pack.nodes import demo
 from flexip_pack.nodes.apply import ApplyFlexIPGate
 from flexip_pack.nodes.demo import FlexIPDemoModels

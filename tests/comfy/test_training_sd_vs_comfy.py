@@ -18,7 +18,7 @@ from flexip_pack.flexip_core.integrations import diffusers as integration
 from flexip_pack.flexip_core.network.adapters import FlexIPNetwork
 from flexip_pack.flexip_core.training import sd
 from flexip_pack.flexip_core.training.config import NetworkConfig, TrainConfig
-from flexip_pack.flexip_core.training.loop import make_network
+from flexip_pack.flexip_core.training.start import make_network
 from flexip_pack.flexip_core.untrained import mini, mini_checkpoints
 from flexip_pack.nodes import files
 from flexip_pack.nodes.apply import ApplyFlexIPGate

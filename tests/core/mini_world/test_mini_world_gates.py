@@ -27,7 +27,7 @@ from flexip_core.mini_world import (
 )
 from flexip_core.mini_world.base import BaseRun
 from flexip_core.mini_world.sampling import ddim, draw, noise_for
-from flexip_core.training.loop import make_network
+from flexip_core.training.start import make_network
 
 REPO = Path(__file__).resolve().parents[3]
 

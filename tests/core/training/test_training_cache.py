@@ -29,7 +29,7 @@ IDENTITY = {name: f"hash of {name}" for name in ENTRIES}
 KINDS = torch.tensor([VARIANT, INVARIANT] * 8)
 
 
-class WordBase(fakes.FakeBase):
+class WordBase(fakes.PhraseBase):
     """Texts in phrases; counts what it encodes; can be forbidden to encode."""
 
     def __init__(self, pooled=False, **unet):
@@ -42,12 +42,8 @@ class WordBase(fakes.FakeBase):
 
     def encode_text(self, captions):
         self._count("text", len(captions))
-        numbers = [[sum(map(ord, "".join(c[i : i + 1]))) % fakes.WORDS for i in range(3)] for c in captions]
-        tokens = self.words[torch.tensor(numbers)]
+        tokens = super().encode_text(captions).tokens
         return Text(tokens, tokens.mean(1)[:, :7] if self.pooled else None)
-
-    def empty_text(self):
-        return self.encode_text([()])
 
     def to_latents(self, pictures):
         self._count("latents", len(pictures))
@@ -72,6 +68,33 @@ def again(root, tmp_path, identity=IDENTITY, **arguments):
     base = WordBase()
     result = fill(base, root, SIZE, tmp_path / "cache", identity, **arguments)
     return result.computed
+
+
+def test_too_many_texts_are_not_kept_and_it_is_said_with_the_size(tmp_path):
+    _, _, all_ = filled(tmp_path / "all", drop_phrases=True)
+    base, root, few = filled(tmp_path / "few", drop_phrases=True, texts=5)
+    texts = all_.computed - few.computed
+    assert few.left_out == texts > 5 and few.bytes < all_.bytes and not all_.left_out
+    assert f"{texts} texts are too many to keep (--texts raises it)" in few.text() and "MB to write" in few.text()
+    wrapped, source = cached(WordBase(), root, SIZE, tmp_path / "few" / "cache", IDENTITY)
+    assert wrapped.encode_text([("a mug", "in snow")]).tokens.isfinite().all(), "encoded while training"
+
+
+def test_a_cache_says_how_large_pictures_were_as_their_folder_does(tmp_path):
+    root = made.put(
+        made.small_set(tmp_path / "data"),
+        {"invariant/wide.png": made.noise(3, (2100, 1500)), "invariant/wide.txt": "x"},
+    )
+    fill(WordBase(), root, SIZE, tmp_path / "cache", IDENTITY)
+    folder, kept = make_source(root, SIZE), cached(WordBase(), root, SIZE, tmp_path / "cache", IDENTITY)[1]
+    kinds = torch.full((30,), INVARIANT)
+    places = {row: set() for row in ("folder", "cache")}
+    for name, source in (("folder", folder), ("cache", kept)):
+        batch = source.batch(kinds, fakes.generator(0))
+        places[name] = {(*caption, *size) for caption, size in zip(batch.captions, batch.sizes.tolist())}
+    assert places["folder"] == places["cache"]
+    scaled = round((2100 - 1500) / 2 * SIZE / 1500)
+    assert ("x", 1500, 2100, 0, scaled) in places["cache"]
 
 
 def test_everything_is_encoded_once(tmp_path):

@@ -18,7 +18,8 @@ from flexip_core.network.adapters import FlexIPNetwork
 from flexip_core.network.config import FlexIPConfig
 from flexip_core.training import background, checkpointing, delivery
 from flexip_core.training.__main__ import main
-from flexip_core.training.loop import FINAL, make_network
+from flexip_core.training.loop import FINAL
+from flexip_core.training.start import make_network
 
 MODELS = "models.safetensors"
 

@@ -18,7 +18,7 @@ from flexip_core.integrations.diffusers import (
     text_projections,
 )
 from flexip_core.network.adapters import ADAPTERS
-from flexip_core.training.loop import make_network
+from flexip_core.training.start import make_network
 
 SD15 = dict(public.SD15, block_out_channels=(32, 32, 64, 64), cross_attention_dim=fakes.TEXT, attention_head_dim=4)
 B = 3

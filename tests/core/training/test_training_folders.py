@@ -498,19 +498,10 @@ def test_size_must_suit_a_vae(tmp_path):
 
 
 def test_trainer_takes_a_step_on_a_folder(tmp_path):
-    from flexip_core.training.base import Text
     from flexip_core.training.loop import Trainer
 
-    class WordBase(fakes.FakeBase):
-        def encode_text(self, captions):
-            numbers = [[sum(map(ord, "".join(c[i : i + 1]))) % fakes.WORDS for i in range(3)] for c in captions]
-            return Text(self.words[torch.tensor(numbers)])
-
-        def empty_text(self):
-            return self.encode_text([()])
-
     source = make_source(made.small_set(tmp_path / "data"), 16)
-    trainer = Trainer(fakes.config(tmp_path / "run", steps=2), WordBase(), source)
+    trainer = Trainer(fakes.config(tmp_path / "run", steps=2), fakes.PhraseBase(), source)
     assert trainer.run()
 
 

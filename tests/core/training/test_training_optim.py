@@ -11,7 +11,6 @@ from diffusers.training_utils import EMAModel, compute_snr
 from flexip_core.network.adapters import ADAPTERS
 from flexip_core.training.config import EmaConfig, OptimizerConfig
 from flexip_core.training.data import INVARIANT, VARIANT
-from flexip_core.training.loop import make_network
 from flexip_core.training.losses import Meter, add_noise, min_snr_weights, noise_loss
 from flexip_core.training.optim import (
     adapter_of,
@@ -22,6 +21,7 @@ from flexip_core.training.optim import (
     trainable,
     update_average,
 )
+from flexip_core.training.start import make_network
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,17 +15,19 @@ import pytest
 import ranks_driver as driver
 import torch
 import training_fakes as fakes
+import training_folders as made
 from picture_pairs import PicturePairs
 
 from flexip_core.files.checkpoint import load_checkpoint
 from flexip_core.files.weights import read_tensors
 from flexip_core.mini_world.pairs import WorldPairs
 from flexip_core.training.checkpointing import states
-from flexip_core.training.config import DropoutConfig
+from flexip_core.training.config import DropoutConfig, TrainConfig
 from flexip_core.training.data import INVARIANT, VARIANT, drop_phrases
 from flexip_core.training.loop import BEST, FINAL, LOG, Trainer
 from flexip_core.training.optim import average_gradients
 from flexip_core.training.ranks import Ranks, TrainingError, joined
+from flexip_core.training.shards import pack
 
 REPO = Path(__file__).resolve().parents[3]
 FIXTURES = REPO / "tests" / "fixtures"
@@ -332,6 +335,71 @@ def test_sigterm_at_one_rank_under_torchrun_saves_and_ends_all_with_0(base, tmp_
     assert errors.count("2 ranks, 2 rows each; ") == 1
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, done + 1))
+
+
+def test_two_ranks_in_parts_train_what_one_trains_whole(runs):
+    assert_same_trajectory(runs, "two", "parts_two", 1e-5)
+
+
+def test_two_machines_that_share_only_the_store_of_shards_train_what_one_trains(base, tmp_path):
+    """Each has its own checkout of the pack, its own config and its own folder; only the pictures are the same files."""
+    made.small_set(tmp_path / "pictures")
+    pack(tmp_path / "pictures", tmp_path / "store" / "shards", 40_000)
+    shutil.rmtree(tmp_path / "pictures")
+    settings = dict(fakes.config("run").to_dict(), steps=3, checkpoint_every=1, keep=5)
+    task = {"make": "training_fakes:task_of_pictures", "data": str(tmp_path / "store" / "shards"), "size": 16}
+    port, processes = free_port(), []
+    for node in ("0", "1"):
+        place = tmp_path / f"machine {node}"
+        shutil.copytree(REPO / "flexip_core", place / "flexip_core", ignore=shutil.ignore_patterns("weights", "*.pyc"))
+        shutil.copytree(FIXTURES, place / "fixtures", ignore=shutil.ignore_patterns("*.pyc"))
+        (place / "config.json").write_text(json.dumps({**settings, "folder": str(place / "run"), "task": task}))
+        path = os.pathsep.join((str(place), str(place / "fixtures")))
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--node-rank",
+            node,
+            "--nproc-per-node",
+            "1",
+        ]
+        command = [
+            *launch,
+            "--master-addr",
+            "127.0.0.1",
+            "--master-port",
+            port,
+            "-m",
+            "flexip_core.training",
+            "run",
+            "config.json",
+        ]
+        processes.append(
+            subprocess.Popen(
+                [*command, "--allow-code"], cwd=place, env=variables(PYTHONPATH=path), stderr=subprocess.PIPE, text=True
+            )
+        )
+    try:
+        said = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    first, second = (tmp_path / f"machine {node}" / "run" for node in "01")
+    assert len(states(first)) == 3 and (first / FINAL).exists()
+    assert not second.exists(), "rank 0 alone writes"
+    one = Trainer(
+        TrainConfig.from_dict({**settings, "folder": str(tmp_path / "one")}),
+        *fakes.task_of_pictures("cpu", task["data"], 16),
+    )
+    one.run()
+    expected, got = (flat(read_tensors(states(folder)[-1]), "weights.") for folder in (tmp_path / "one", first))
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
+    resumed = TrainConfig.from_dict({**settings, "folder": str(first), "steps": 4})
+    assert Trainer(resumed, *fakes.task_of_pictures("cpu", task["data"], 16)).run(resume=True), "and goes on on one"
 
 
 # --- the launcher's variables

@@ -10,9 +10,10 @@ import tiny_base
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from flexip_core.files.checkpoint import load_checkpoint, save_checkpoint
-from flexip_core.files.weights import read_tensors
+from flexip_core.files.weights import read_header, read_tensors
 from flexip_core.integrations.diffusers import attention_names, encode_references, gated, guided
 from flexip_core.network.config import DinoConfig
 from flexip_core.training import cache, image_encoders, sd, stores
@@ -21,10 +22,11 @@ from flexip_core.training.base import Text
 from flexip_core.training.config import NetworkConfig, OptimizerConfig, TrainConfig
 from flexip_core.training.entries import file_identity
 from flexip_core.training.image_encoders import choose, encoder_in
-from flexip_core.training.loop import Trainer, make_network
+from flexip_core.training.loop import Trainer
 from flexip_core.training.probe import GATES
 from flexip_core.training.sampling import draw
-from flexip_core.training.sd_configs import read_checkpoint
+from flexip_core.training.sd_configs import prediction, read_checkpoint
+from flexip_core.training.start import make_network
 from flexip_core.untrained import mini, mini_checkpoints
 
 NETWORK = NetworkConfig(resampler=mini.MINI_CONFIG.resampler, detail_tokens=3, semantic_tokens=2, cls_tokens=2)
@@ -171,7 +173,7 @@ def shaped(key, *shape):
     [
         (shaped(f"{UNET}input_blocks.0.0.weight", 320, 9, 3, 3), "is an inpainting model"),
         (shaped(f"{UNET}input_blocks.0.0.weight", 320, 8, 3, 3), "8 input channels instead of 4"),
-        (shaped("v_pred", 0), "is a v-prediction model"),
+        (shaped("edm_vpred.sigma_max", 1), "has EDM's noise schedule"),
         (shaped("edm_mean", 4), "is a Playground model"),
         (shaped("cond_stage_model.model.ln_final.weight", 1024), "is a Stable Diffusion 2"),
         (drop("cond_stage_model."), "holds no text encoder"),
@@ -201,14 +203,114 @@ def test_the_refiner_is_refused(tmp_path):
         read_checkpoint(changed(names, tmp_path, refiner))
 
 
-def test_metadata_tells_a_v_prediction_model(tmp_path):
-    save_file(
-        {f"{UNET}input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3)},
-        tmp_path / "v.safetensors",
-        {"modelspec.prediction_type": "v"},
-    )
-    with pytest.raises(ValueError, match="v-prediction"):
-        read_checkpoint(tmp_path / "v.safetensors")
+@pytest.mark.parametrize(
+    "keys, metadata, expected",
+    [
+        ((), {}, ("epsilon", False)),
+        ((), {"modelspec.prediction_type": "epsilon"}, ("epsilon", False)),
+        ((), {"modelspec.prediction_type": "v"}, ("v", False)),
+        (("v_pred",), {}, ("v", False)),
+        (("v_pred", "ztsnr"), {}, ("v", True)),
+        (("ztsnr",), {}, ("epsilon", False)),
+    ],
+)
+def test_a_file_tells_what_it_predicts(tmp_path, keys, metadata, expected):
+    save_file({"x": torch.zeros(1), **{key: torch.zeros(0) for key in keys}}, tmp_path / "v.safetensors", metadata)
+    assert prediction(read_header(tmp_path / "v.safetensors")) == expected
+
+
+def test_a_base_that_predicts_v_is_read_with_its_schedule_and_may_be_told(files, tmp_path):
+    def marked(tensors):
+        tensors.update(v_pred=torch.zeros(0), ztsnr=torch.zeros(0))
+
+    path = changed(files, tmp_path, marked)
+    about = read_checkpoint(path)
+    assert (about.prediction, about.zero_snr) == ("v", True)
+    base = sd.SDBase.load(**{**files, "checkpoint": path}, unet=False)
+    assert base.prediction == "v" and base.alphas_cumprod[-1] < 1e-7 and base.alphas_cumprod[0] > 0.99
+    assert (base.alphas_cumprod.diff() < 0).all()
+    assert sd.SDBase.load(**files, unet=False, prediction="v").prediction == "v"
+    with pytest.raises(ValueError, match='prediction must be "epsilon" or "v"'):
+        sd.SDBase.load(**files, unet=False, prediction="x0")
+
+
+def test_encoders_in_half_precision_compute_in_it_and_say_the_same(each):
+    base, _, names = each
+    half = sd.SDBase.load(**names, unet=False)
+    half.dtype = torch.bfloat16
+    pictures, captions = tiny_base.pictures(0, 2, 64), [("a dog", "on a beach"), ()]
+    seen = set()
+
+    def watched(module, inputs, out):
+        seen.update(value.dtype for value in inputs if isinstance(value, torch.Tensor) and value.is_floating_point())
+
+    for module in (half.clip_tower, half.dino_tower, *half.text_encoders):
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.register_forward_hook(watched)
+    whole = {**base.features(pictures), **base.encode_text(captions)._asdict()}
+    found = {**half.features(pictures), **half.encode_text(captions)._asdict()}
+    assert seen == {torch.bfloat16}, "no multiplication in float32"
+    for name, value in whole.items():
+        if value is not None:
+            assert found[name].dtype == torch.float32
+            assert torch.nn.functional.cosine_similarity(found[name].flatten(), value.flatten(), dim=0) > 0.99
+    assert next(half.vae.parameters()).dtype == torch.float32, "whose latents are what the loss is made of"
+
+
+def test_pictures_are_encoded_together_where_there_is_room_with_the_same_flops(base, monkeypatch):
+    pictures, sizes = tiny_base.pictures(0, 5, 64), []
+    encode = base.vae.encode
+
+    def counted(some):
+        sizes.append(len(some))
+        return encode(some)
+
+    monkeypatch.setattr(base.vae, "encode", counted)
+    found = []
+    for at_once in (1, 2, 5):
+        monkeypatch.setattr(base, "at_once", lambda pictures, at_once=at_once: at_once)
+        with FlopCounterMode(display=False) as flops:
+            found.append((base.to_latents(pictures), flops.get_total_flops()))
+    assert sizes == [1] * 5 + [2, 2, 1] + [5]
+    for latents, count in found[1:]:
+        torch.testing.assert_close(latents, found[0][0], rtol=1e-4, atol=1e-5)
+        assert count == found[0][1]
+    monkeypatch.undo()
+    assert base.at_once(pictures) == 1, "on a CPU there is nothing to win"
+    monkeypatch.setattr(base, "device", torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 2**30, 80 * 2**30))
+    assert base.at_once(torch.empty(64, 3, 512, 512, device="meta")) == 10
+    assert base.at_once(torch.empty(4, 3, 1024, 1024, device="meta")) == 2
+    assert base.at_once(torch.empty(4, 3, 8192, 8192, device="meta")) == 1
+
+
+def test_sdxl_is_told_how_large_the_picture_was_and_where_it_was_cut(each):
+    base, _, _ = each
+    text = Text(torch.zeros(2, 77, 8), torch.zeros(2, 4) if base.name == "SDXL" else None)
+    latents, sizes = torch.zeros(2, 4, 16, 16), torch.tensor([[600, 3000, 0, 52], [96, 128, 8, 0]])
+    found = base.added_conditions(text, latents, sizes)
+    if base.name == "SD1.5":
+        assert found is None
+    else:
+        assert found["time_ids"].tolist() == [[600, 3000, 0, 52, 128, 128], [96, 128, 8, 0, 128, 128]]
+        assert base.added_conditions(text, latents)["time_ids"].tolist() == [[128, 128, 0, 0, 128, 128]] * 2
+
+
+def test_a_cache_is_filled_without_the_unet(files, dataset, tmp_path, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("the UNet was read")
+
+    monkeypatch.setattr(sd, "load_unet", never)
+    task = {
+        "make": "flexip_core.training.sd:make",
+        **files,
+        "data": str(dataset),
+        "size": 64,
+        "cache": str(tmp_path / "c"),
+    }
+    sd.fill_cache(config(tmp_path, task=task))
+    assert list((tmp_path / "c").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("key", ["middle_block.1.norm.bias", "input_blocks.1.0.in_layers.2.weight"])
