@@ -479,7 +479,7 @@ def test_a_picture_is_as_its_reference_to_the_probe_and_another_is_not(base):
 def test_with_a_cache_no_encoder_is_loaded_for_training(files, dataset, tmp_path):
     filler, kept = sd.SDBase.load(**files), str(tmp_path / "cache")
     identity = file_identity(*files.values(), kept)
-    cache.fill(filler, str(dataset), 64, kept, identity, patches=True)
+    cache.fill(filler, str(dataset), 64, kept, identity, patches=True, drop_phrases=True)
     task = sd.make("cpu", **files, data=str(dataset), size=64, cache=kept, probe_cases=1, probe_steps=1)
     trainer = Trainer(config(tmp_path / "run"), *task)
     assert torch.isfinite(torch.tensor(trainer.step().loss))
