@@ -315,7 +315,7 @@ def refuse_files_in(more: dict[str, Any], task: dict[str, Any]) -> None:
     But for a cache, in ComfyUI's input folder as the data are; its path becomes absolute.
     """
     inner = more["task"] if isinstance(more.get("task"), dict) else {}
-    names = [name for name in ("folder", "start_from") if name in more]
+    names: list[str] = [name for name in ("folder", "start_from") if name in more]
     names += [
         f"[task] {name}"
         for name, value in inner.items()
