@@ -57,7 +57,7 @@ class ApplyFlexIPGate(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     display_mode=io.NumberDisplay.slider,
-                    tooltip="1 keeps the subject as in the reference, 0 lets the prompt change it; everything between is continuous.",
+                    tooltip="1 keeps the subject as in the reference, 0 lets the prompt change it; in between it changes smoothly.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -65,7 +65,7 @@ class ApplyFlexIPGate(io.ComfyNode):
                     min=0.0,
                     max=5.0,
                     step=0.01,
-                    tooltip="How much the reference counts at all. 0 is the bare model.",
+                    tooltip="How strongly the reference acts overall. 0 is the bare model.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -88,7 +88,7 @@ class ApplyFlexIPGate(io.ComfyNode):
                 FlexIPGate.Input(
                     "gate_schedule",
                     optional=True,
-                    tooltip="A gate along the sampling or along the batch, from FlexIP Gate Schedule or FlexIP Gate Batch; used instead of the slider.",
+                    tooltip="A gate that changes over the sampling or over the batch, from FlexIP Gate Schedule or FlexIP Gate Batch; used instead of the slider.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -169,12 +169,12 @@ def check_base(model: Any, adapters: LoadedAdapters) -> None:
     wanted = adapters.network.block_widths
     if widths == wanted and text_width == adapters.network.text_width:
         return
-    text = f"{adapters.title} was made for {adapters.network.base} ({len(wanted)} cross-attention blocks, text {adapters.network.text_width} wide), but the checkpoint ({name}) "
+    text = f"{adapters.title} was made for {adapters.network.base} ({len(wanted)} cross-attention blocks, text width {adapters.network.text_width}), but the checkpoint ({name}) "
     if widths.keys() == wanted.keys() and text_width == adapters.network.text_width:
         block = next(address for address in wanted if widths[address] != wanted[address])
-        text += f"is {widths[block]} wide in block {block}, not {wanted[block]}."
+        text += f"has width {widths[block]} in block {block}, not {wanted[block]}."
     else:
-        text += f"has {len(widths)} blocks and text {text_width} wide."
+        text += f"has {len(widths)} blocks and text width {text_width}."
     raise ValueError(f"{NODE}: {text} Use a checkpoint and adapters of the same base.")
 
 

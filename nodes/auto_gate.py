@@ -38,17 +38,18 @@ class FlexIPAutoGate(io.ComfyNode):
             **KEEP_PREVIEW,
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A model with a FlexIP gate; the gate of the last Apply FlexIP Gate is looked for."
+                    "model",
+                    tooltip="A model with a FlexIP gate; this node finds the gate for the last Apply FlexIP Gate.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What the image should show."),
                 io.Conditioning.Input("negative", tooltip="What it should not show."),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="As for the sampler; only its first latent is used. A smaller one is faster.",
+                    tooltip="As on your sampler; only its first latent is used. A smaller one is faster.",
                 ),
-                io.Vae.Input("vae", tooltip="To see the short runs: they are scored as pictures."),
+                io.Vae.Input("vae", tooltip="Decodes the short runs, because they are scored as pictures."),
                 io.Image.Input(
-                    "reference_image", tooltip="The subject, as in Encode Reference; several views give their mean."
+                    "reference_image", tooltip="The subject, as in Encode Reference; several views are averaged."
                 ),
                 io.Float.Input(
                     "target",
@@ -62,7 +63,7 @@ class FlexIPAutoGate(io.ComfyNode):
                     "target_is",
                     options=[SHARE, SCORE],
                     default=SHARE,
-                    tooltip="What the target counts in. Scores differ much between encoders; the share of the range does not.",
+                    tooltip="What the target is measured in. Scores differ a lot between encoders; the share of the range does not.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -70,10 +71,14 @@ class FlexIPAutoGate(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=io.ControlAfterGenerate.fixed,  # another seed would be another search
-                    tooltip="Seed of the first noise; each further noise takes the next.",
+                    tooltip="Seed of the first noise; each further noise uses the next seed.",
                 ),
                 io.Int.Input(
-                    "steps", default=8, min=1, max=100, tooltip="Steps of the short runs. More is slower and surer."
+                    "steps",
+                    default=8,
+                    min=1,
+                    max=100,
+                    tooltip="Steps of the short runs. More steps are slower and more reliable.",
                 ),
                 io.Int.Input(
                     "noises",
@@ -83,23 +88,23 @@ class FlexIPAutoGate(io.ComfyNode):
                     tooltip="How many noises to try each gate with. Their spread is the uncertainty that is shown.",
                 ),
                 io.Float.Input(
-                    "cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="As for the sampler."
+                    "cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="As on your sampler."
                 ),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As for the sampler."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As for the sampler."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As on your sampler."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As on your sampler."),
                 io.Combo.Input(
                     "clip_vision",
                     options=[files.AUTO, scorers.NONE, *vision],
                     default=files.AUTO,
                     advanced=True,
-                    tooltip="CLIP file that scores where there is no DINO. auto: the file in models/clip_vision that fits best.",
+                    tooltip="CLIP file to score with where there is no DINO. auto: the file in models/clip_vision that fits best.",
                 ),
                 io.Combo.Input(
                     "dino",
                     options=[files.AUTO, scorers.NONE, *vision],
                     default=files.AUTO,
                     advanced=True,
-                    tooltip="DINO file that scores. auto: the file in models/clip_vision that fits best.",
+                    tooltip="DINO file to score with. auto: the file in models/clip_vision that fits best.",
                 ),
             ],
             outputs=[
@@ -151,7 +156,7 @@ class FlexIPAutoGate(io.ComfyNode):
                 f"{NODE}: the last Apply FlexIP Gate has strength 0, so no gate changes anything. Raise its strength."
             )
         check_latent(NODE, "latent_image", latent_image, model)
-        check_finite(NODE, target=target)  # one out of reach has its own words
+        check_finite(NODE, target=target)  # a target out of reach gets a message of its own
         check_numbers(NODE, 0, 100, cfg=cfg)
         scorers.check_pictures(reference_image, "reference_image", NODE)
         scorer = scorers.identity_scorer(clip_vision, dino, NODE, links[-1].network.needs())
@@ -233,14 +238,14 @@ def in_words(
     lines = [advice, first]
     if found.reached and noises > 1:
         lines.append(
-            f"single noises reach it between {found.lowest:.2f} and {found.highest:.2f}"
+            f"individual noises reach it between {found.lowest:.2f} and {found.highest:.2f}"
             + (f"; {found.never} of {noises} never do" if found.never else "")
         )
     elif noises == 1:
-        lines.append("one noise only, so there is no estimate of how sure this is")
+        lines.append("only one noise was tried, so there is no estimate of how sure this is")
     falls = float(np.max(np.maximum.accumulate(mean) - mean))
     if falls > 0.1 * float(mean.max() - mean.min()) > 0:
-        lines.append("the curve is not rising all along, so a higher gate may score less")
+        lines.append("the curve does not rise all the way, so a higher gate may score lower")
     lines.append(
         f"{scores.size} pictures of {steps} steps ({noises} noises, {len(gates)} gates); between gates {found.step:.2g} apart it is a straight line; full runs may score differently"
     )

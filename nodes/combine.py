@@ -54,7 +54,7 @@ class FlexIPCombineReferences(io.ComfyNode):
                 io.String.Input(
                     "weights",
                     default="",
-                    tooltip="One number per reference, such as 1, 0.5; empty: 1 each. For concatenate and average their ratio counts (2 is like wiring a reference twice, 0 leaves it out); for the others they scale that reference's strength.",
+                    tooltip="One number per reference, such as 1, 0.5; empty: 1 each. For concatenate and average only their ratio counts (2 is like wiring a reference twice, 0 leaves it out); for the others they scale that reference's strength.",
                 ),
                 io.Mask.Input(
                     "masks",
@@ -101,7 +101,7 @@ def combine_references(
         raise ValueError("no reference is wired. Wire at least one.")
     if isinstance(negative, ReferenceSet) or any(not isinstance(part, Reference) for part in parts):
         raise ValueError(
-            "a reference comes from another FlexIP Combine References. Wire its references in here instead."
+            "a reference comes from another FlexIP Combine References. Wire its references into this node instead."
         )
     if any(part.needs != parts[0].needs for part in (*parts, *([] if negative is None else [negative]))):
         raise ValueError(
@@ -124,7 +124,7 @@ def combine_references(
             )
     elif masks is not None:
         raise ValueError(
-            f"masks are only used by one per region, but combine is {combine}. Take the wire off, or change combine."
+            f"masks are only used by one per region, but combine is {combine}. Disconnect them, or change combine."
         )
     if combine in SPLIT:
         pairs = [(picture, weight) for part, weight in zip(parts, weights) for picture in part.pictures]

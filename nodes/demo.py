@@ -59,7 +59,7 @@ class FlexIPDemoModels(io.ComfyNode):
                 io.Clip.Output(
                     "clip",
                     display_name="clip",
-                    tooltip="For CLIP Text Encode. It reads words such as: a red disc on sand, top left. Unknown words are passed over.",
+                    tooltip="For CLIP Text Encode. It reads words such as: a red disc on sand, top left. Unknown words are ignored.",
                 ),
                 io.Vae.Output("vae", display_name="vae", tooltip="For VAE Decode and FlexIP Sampler."),
                 FlexIPAdapters.Output(
@@ -166,7 +166,7 @@ class DemoTextModel(torch.nn.Module):
         self.text = text
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
-        """Other layers, as ClipSetLastLayer asks for, there are none."""
+        """Does nothing: there are no other layers for ClipSetLastLayer to choose."""
 
     def reset_clip_options(self) -> None:
         pass

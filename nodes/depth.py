@@ -41,7 +41,7 @@ class FlexIPBlocks(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="With a model this node shows the strength of every block, and finds a wrong address before the sampling.",
+                    tooltip="With a model, this node shows the strength of every block and finds a wrong address before sampling.",
                 ),
             ],
             outputs=[
@@ -91,5 +91,5 @@ def _list(adapter: str) -> io.String.Input:
         placeholder=EXAMPLE,
         dynamic_prompts=False,
         advanced=True,
-        tooltip=f"Read when {adapter} is list: blocks with strengths from 0 to 5, such as {EXAMPLE}. input.4 covers all transformers of that block; later entries win; all is for every block that is not named.",
+        tooltip=f"Read when {adapter} is list: blocks with strengths from 0 to 5, such as {EXAMPLE}. input.4 covers all transformers of that block; later entries win; all stands for every block that is not named.",
     )

@@ -51,7 +51,7 @@ class EncodeReference(io.ComfyNode):
                     "crop",
                     options=list(CROPS),
                     default="center",
-                    tooltip="How the picture becomes a square: center cuts the middle; pad shows it whole with borders; squash shows it whole, distorted; subject cuts around the mask.",
+                    tooltip="How the picture becomes a square: center cuts out the middle; pad shows it whole with borders; squash shows it whole, distorted; subject cuts around the mask.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -77,7 +77,7 @@ class EncodeReference(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> list:
-        """With auto the encoders depend on what is in the folder, and it is here that they are looked up, not in LoadFlexIPAdapters."""
+        """With auto the encoders depend on what is in the folder, and they are looked up here, not in LoadFlexIPAdapters."""
         return files.state_of(files.ENCODER_FOLDER)
 
     @classmethod

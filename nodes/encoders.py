@@ -44,7 +44,7 @@ def refuse_misfits(needs: tuple[FeatureNeed, ...], choices: dict[str, str], node
 def resolve(need: FeatureNeed, choices: dict[str, str]) -> tuple[str | None, str]:
     """Path of the encoder file for a need: the chosen one if it fits, else one in the folder that does; None without any.
 
-    Beside it words for the report where several files fit.
+    With it, a note for the report where several files fit.
     """
     choice = choices[role_of(need)]
     if choice != files.AUTO and towers.fits_shapes(_shapes_of_file(choice, NODE), need.encoder):
@@ -53,7 +53,7 @@ def resolve(need: FeatureNeed, choices: dict[str, str]) -> tuple[str | None, str
     if len(found) < 2:
         return next(iter(found.values()), None), ""
     taken = next((name for name, path in found.items() if is_published(path)), next(iter(found)))
-    words = f"taken of {len(found)} that fit: {files.listed(list(found))}"
+    words = f"chosen from {len(found)} that fit: {files.listed(list(found))}"
     logging.info("%s: %s, %s. Choose another one by its name in %s.", NODE, taken, words, role_of(need))
     return found[taken], f" ({words})"
 
@@ -68,7 +68,7 @@ def _fitting(cfg: ClipConfig | DinoConfig) -> dict[str, str]:
     """Name -> path of every file in the folder that fills the tower of `cfg`; a set of parts counts once."""
     found = {}
     for name in first_parts(files.names(files.ENCODER_FOLDER)):
-        with suppress(ValueError):  # choosing the file by its name says what is wrong with it
+        with suppress(ValueError):  # who chooses the file by its name is told what is wrong with it
             path = files.path_of(files.ENCODER_FOLDER, name, NODE)
             if towers.fits_shapes(read_header(path).shapes, cfg):
                 found[name] = path
@@ -81,7 +81,7 @@ def features(
     """What `needs`, all of one encoder, ask for: by name, of prepared pictures (r, s, s, 3) and of the null reference, on the
     CPU in float32.
 
-    Each picture passes the encoder once; the null picture once per encoder, whose answer is kept as long as its weights.
+    Each picture goes through the encoder once; the null picture once per encoder, and its result is kept as long as the weights.
     Also returns where the weights came from, for the report. A tower read from a file lives as long as `owner`, where it is noted.
     """
     encoder = needs[0].encoder
@@ -121,7 +121,7 @@ def features(
         nulls.clear()  # a download may be repeated under the same name
         raise ValueError(
             f"{NODE}: the encoder {encoder.model} from {source} gives values that are not numbers (NaN or infinite), so every picture would be black. "
-            "Download its file again, or start ComfyUI with --force-fp32 if half precision is too small for it."
+            "Download its file again, or start ComfyUI with --force-fp32 if it overflows in half precision."
         )
     return feature, null, source
 
@@ -139,7 +139,7 @@ def refuse_unused(needs: list[FeatureNeed], wired: Any) -> None:
     if wired is not None and not any(wired_for(need, wired) for need in needs):
         with named(NODE):
             if not needs:
-                raise ValueError("these adapters read no such encoder; take the wire off.")
+                raise ValueError("these adapters read no such encoder; disconnect it.")
             towers.check_fits(f"The model on the {role_of(needs[0])} socket", _shapes(wired), needs[0].encoder)
 
 
@@ -169,7 +169,7 @@ def wrap(tower: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
 
 
 def _core_runner(encoder: ClipConfig | DinoConfig, clip_vision: Any, pictures: torch.Tensor) -> tuple[Any, Runner]:
-    """A loaded core CLIP_VISION: run as it is at its own size, else its weights in our tower (the shared object stays as it is)."""
+    """A loaded core CLIP_VISION: run as it is at its own size, otherwise its weights go into our tower (the shared object is not changed)."""
     if clip_vision.image_size != towers.image_size(encoder):
         # lives for this one run of the node
         patcher = wrap(towers.load_tower(encoder, clip_vision.get_sd(), _dtype()))

@@ -63,7 +63,7 @@ def path_of(folder: str, name: str, node: str) -> str:
 
 
 def same_name(name: str, found: Iterable[str]) -> str | None:
-    """The listed name that is meant: as it stands, or with the separators of the other system, on which the workflow was saved."""
+    """The listed name that is meant: as it is, or with the separators of the system on which the workflow was saved."""
     found = list(found)
     if name in found:
         return name
@@ -72,7 +72,7 @@ def same_name(name: str, found: Iterable[str]) -> str | None:
 
 
 def check_choices(node: str, options: Mapping[str, Iterable[str]], choices: Mapping[str, Any]) -> bool | str:
-    """For validate_inputs, in place of a combo's own check: as strict as that, but for the separators.
+    """For validate_inputs, in place of a combo's own check: just as strict, except for the separators.
 
     `options`: input -> what it lists; `choices`: input -> what came, None over a wire.
     """

@@ -64,7 +64,7 @@ class LoadFlexIPAdapters(io.ComfyNode):
                     "personalization",
                     options=[files.AUTO, *adapters],
                     default=files.AUTO,
-                    tooltip="auto: the second adapter of the FlexIP file above, none beside an IP-Adapter. Or a second IP-Adapter file, typically plain ip-adapter, composition or style.",
+                    tooltip="auto: the second adapter of the FlexIP file above, none with an IP-Adapter. Or choose a second IP-Adapter file, typically plain ip-adapter, composition or style.",
                 ),
                 io.Combo.Input(
                     "clip_vision",
@@ -166,7 +166,7 @@ def load_network(preservation: str, personalization: str | None) -> Any:
 
 
 def title_of(network: Any, preservation: str, personalization: str | None) -> str:
-    """File names for reports and messages; an IP-Adapter with its family and base, which its name need not tell."""
+    """File names for reports and messages; an IP-Adapter with its family and base, which its name may not tell."""
     kinds = getattr(network, "kinds", None)
     return (
         preservation

@@ -28,7 +28,7 @@ NODE = "FlexIPAttentionMaps"
 ADAPTERS, WORDS, WORDS_ADDED = "adapters", "words", "words (personalization)"
 MOST_WORDS = 32  # without a choice of words
 SHEET = 384  # pixels: the shorter side of a picture on the contact sheet, so that the labels fit
-COLUMNS = 6  # more go on below
+COLUMNS = 6  # the rest goes below
 
 
 class FlexIPAttentionMaps(io.ComfyNode):
@@ -97,7 +97,7 @@ class FlexIPAttentionMaps(io.ComfyNode):
                     step=0.001,
                     optional=True,
                     advanced=True,
-                    tooltip="Part of the sampling at which to begin to look: early is layout, late is detail.",
+                    tooltip="Part of the sampling at which to start looking: early is layout, late is detail.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -124,17 +124,17 @@ class FlexIPAttentionMaps(io.ComfyNode):
                 io.Image.Output(
                     "sheet",
                     display_name="contact sheet",
-                    tooltip="The picture and its maps side by side, one column per group and one row per picture. Every column is as bright as its own highest place; the number in its label is the mean.",
+                    tooltip="The picture and its maps side by side, one column per group and one row per picture. Each column is scaled to its own brightest place; the number in its label is the mean.",
                 ),
                 io.Mask.Output(
                     "masks",
                     display_name="masks",
-                    tooltip="The maps in the size of the picture: first the first group for all pictures, then the second, ... All together are scaled so that the highest place is 1.",
+                    tooltip="The maps in the size of the picture: first the first group for all pictures, then the second, ... All are scaled together, so that the highest value is 1.",
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="The groups in the order of the masks with their mean and highest place, the blocks and noise levels, and the gate mode.",
+                    tooltip="The groups in the order of the masks with their mean and highest value, the blocks and noise levels, and the gate mode.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
@@ -249,8 +249,8 @@ def words_of_prompt(clip: Any, prompt: str, wanted: str, positive: list) -> tupl
 def tokenized(clip: Any, prompt: str) -> tuple[list[maps.Word], int]:
     """The words of a prompt as CLIP splits them, and how many tokens its chunks of 77 have together.
 
-    ComfyUI's own word ids number whole stretches of text, so the words are read from the vocabulary, where "</w>" ends one. They
-    do tell the start, end and padding (0), and one embedding from the next.
+        ComfyUI's own word ids number whole stretches of text, so the words are read from the vocabulary, where "</w>" ends one. They
+    They, end and padding (0), and one embedding from the next.
     """
     by_encoder = clip.tokenize(prompt, return_word_ids=True)
     encoder = next((name for name in ("l", "g") if name in by_encoder), None)  # SDXL's two agree
@@ -289,7 +289,7 @@ def refuse_nothing(recorder: Recorder) -> None:
         )
     if not any(recorder.seen.values()):
         raise ValueError(
-            f"{NODE}: another node shows the model tiles without saying which part of the picture they are. Take the tiling off for the maps."
+            f"{NODE}: another node shows the model tiles without saying which part of the picture each one is. Remove the tiling for the maps."
         )
 
 
@@ -337,7 +337,7 @@ def pictures_of(image: torch.Tensor | None, vae: Any, samples: torch.Tensor) -> 
 
 
 def draw(pictures: torch.Tensor, result: torch.Tensor, labels: list[str]) -> torch.Tensor:
-    """pictures (b, h, w, 3), result (g, b, gh, gw) -> the contact sheet; every group is scaled by its own highest place."""
+    """pictures (b, h, w, 3), result (g, b, gh, gw) -> the contact sheet; every group is scaled by its own highest value."""
     size = [round(side * SHEET / min(pictures.shape[1:3])) for side in pictures.shape[1:3]]
     pictures = F.interpolate(pictures.movedim(-1, 1), size=size, mode="bilinear", antialias=True).movedim(1, -1)
     scaled = result / result.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)

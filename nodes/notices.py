@@ -21,7 +21,7 @@ from ..flexip_core.run.chain import Link
 
 WARNING = "WARNING: "
 REPORT = "flexip_report"  # key in a node's outputs on the page; web/js/report.js draws it
-END = ".\n"  # of a sentence that others follow
+END = ".\n"  # of a sentence that is followed by others
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Report:
 
     @classmethod
     def of_chain(cls, reports: Sequence[Report]) -> Report:
-        """Of several links of a chain: the line of the last one, which is the one that a sweep turns."""
+        """Of several links of a chain: the line of the last one, which is the one that a sweep changes."""
         details = tuple(
             part for report in reports for part in (*((report.line,) * (len(reports) > 1)), *report.details)
         )
@@ -82,7 +82,7 @@ def sentences(lines: Iterable[str]) -> str:
 
 
 def id_of(node: type[io.ComfyNode]) -> str | None:
-    """Of the node in the page whose execute runs; None where there is no page."""
+    """Of the node on the page whose execute is running; None where there is no page."""
     return node.hidden.unique_id if node.hidden else None
 
 
@@ -94,10 +94,10 @@ def warn(text: str, node_id: str | None) -> None:
 def send(report: Report, node_id: str | None) -> None:
     """Onto a node of the page that another node's execution is about: as an output of its own, which lives as long as pictures do.
 
-    Its warnings also go out as a badge and a notice (web/js/warnings.js).
+    Its warnings are also shown as a badge and a notice (web/js/warnings.js).
     """
     context = get_executing_context()  # None in scripts
-    output = {REPORT: report.message}  # no list: the page would put that behind the last run's
+    output = {REPORT: report.message}  # not a list: the page would append it to the last run's
     _send("executed", node_id, {"output": output, "prompt_id": context and context.prompt_id, "merge": True})
     _send_warnings(report, node_id)
 
@@ -110,7 +110,7 @@ def said(report: Report | str, node_id: str | None = None) -> dict[str, Any]:
 
 
 def _send_warnings(report: Report, node_id: str | None) -> None:
-    # sent without warnings, too: they take the last run's away
+    # sent without warnings, too: that clears those of the last run
     _send("flexip.warnings", node_id, {"warnings": list(report.warnings)})
 
 
@@ -122,7 +122,7 @@ def _send(event: str, node_id: str | None, message: dict[str, Any]) -> None:
     node_id = node_id.partition(".")[0]  # of "5.0.0.3", a node in the graph that node 5 stands for
     server = getattr(PromptServer, "instance", None)
     client = getattr(server, "client_id", None)  # who queued the prompt that runs
-    # without a client nobody waits, and the server would tell everybody, whatever their page shows
+    # without a client nobody is waiting, and the server would send it to everybody, whatever their page shows
     if server is not None and client is not None:
         server.send_sync(event, {"node": node_id, **message}, client)
 

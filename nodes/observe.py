@@ -1,6 +1,6 @@
 """A look at a finished latent: noised again to a few levels, one call of the positive conditioning each, and what the patches saw.
 
-On a clone of the model; the gated model itself knows nothing of it and costs the same whether or not it is looked at.
+On a clone of the model; the gated model itself knows nothing of it and costs the same either way.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Recorder:
         if grid is None or grid[0] * grid[1] != q.shape[1]:
             raise RuntimeError(
                 f"FlexIP: block {address} has {q.shape[1]} image tokens, which are not a picture of {grid}. "
-                "Another node merges tokens in the UNet; take it off for the maps."
+                "Another node merges tokens in the UNet; remove it for the maps."
             )
         block = maps.Block(address, q, k, v, options["n_heads"], grid, rows, options.get(runtime.KEY, {}))
         found = self.measure(self.runs, block)
@@ -96,7 +96,7 @@ def weights_of(conds: list[dict], x: torch.Tensor, sigma: torch.Tensor) -> dict[
 
 
 class Looker(comfy.samplers.CFGGuider):
-    """Evaluates the positive conditioning and nothing else, so also no guidance that a node put on the model."""
+    """Evaluates the positive conditioning and nothing else, so it also skips any guidance that a node put on the model."""
 
     recorder: Recorder
 
@@ -157,7 +157,7 @@ def watched(model: Any, blocks: Sequence[str], recorder: Recorder) -> Any:
     """A clone whose patches tell the recorder what they do; a block that another node took over after FlexIP is left out."""
     links = runtime.links_of(model)
     model = runtime.with_links(model, tuple(dataclasses.replace(link, node_id=None) for link in links))
-    # a compiled model would not run the patches anew
+    # a compiled model would not run the new patches
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, tell_rows)
     slots = slots_of(model.model_options["transformer_options"])

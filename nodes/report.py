@@ -101,7 +101,7 @@ def _warnings(run: LinkRun, blocks: list[str], lost: list[str], guider: Any) -> 
     if run.counters.tiles:
         yield f"{run.counters.tiles} model calls showed a tile without saying which, so the mask was laid over each tile; use a mask only without that tiling"
     if run.has_masks and not run.mask_is_somewhere():
-        yield "the mask is black everywhere, so this gate changed nothing; paint white where the reference is to act"
+        yield "the mask is black everywhere, so this gate changed nothing; paint white where the reference should act"
     if not run.counters.active:
         yield "this gate changed nothing in this run; check start_percent and end_percent"
     elif not blocks:

@@ -85,7 +85,7 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     without_reminders(guider.conds)
     if not links:
         logging.warning(
-            "FlexIP: another node took the gates off this model's options, so FlexIP does nothing. Apply FlexIP after it."
+            "FlexIP: another node removed the gates from this model's options, so FlexIP does nothing. Apply FlexIP after it."
         )
         return executor(*args, **kwargs)
     if all(link.silent for link in links):
@@ -105,8 +105,8 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def prepare_sampling(executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
-    """ComfyUI makes room on the GPU for activations, by the size of the noise. K and V of every row need room, too, so the noise
-    is called so much wider. By a factor: with context windows there are fewer rows than in the noise."""
+    """ComfyUI makes room on the GPU for activations, by the size of the noise. K and V of every row need room, too, so the
+    noise is said to be wider, by the factor that they add; a factor, because context windows call with fewer rows than the noise has."""
     options = kwargs.get("model_options") or {}  # some packs call it with options of their own
     run: Run | None = options.get("transformer_options", {}).get(RUN)
     if run is not None and (bytes_per_row := run.bytes_per_row()):
@@ -196,7 +196,7 @@ def _text(entry: dict[str, Any], links: tuple[Link, ...]) -> torch.Tensor:
     wanted = links[0].network.text_width  # of all links: each was checked against the model
     if text.shape[-1] != wanted:
         raise ValueError(
-            f"ApplyFlexIPGate: the model reads text {wanted} wide, but a prompt on the sampler is {text.shape[-1]} wide. Encode it with the CLIP of the same checkpoint."
+            f"ApplyFlexIPGate: the model reads text of width {wanted}, but a prompt on the sampler has width {text.shape[-1]}. Encode it with the CLIP of the same checkpoint."
         )
     if not text.isfinite().all():
         raise ValueError(

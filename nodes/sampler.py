@@ -69,11 +69,13 @@ class FlexIPSampler(io.ComfyNode):
                 io.Combo.Input(
                     "scheduler",
                     options=comfy.samplers.KSampler.SCHEDULERS,
-                    tooltip="How the noise is taken away over the steps.",
+                    tooltip="How the noise is removed over the steps.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What the image should show; gets the reference."),
-                io.Conditioning.Input("negative", tooltip="What it should not show; gets the null reference."),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise; a batch is swept whole."),
+                io.Conditioning.Input("negative", tooltip="What it should not show; gets an empty (null) reference."),
+                io.Latent.Input(
+                    "latent_image", tooltip="The latent to denoise; a whole batch is sampled for every gate."
+                ),
                 io.Float.Input(
                     "denoise",
                     default=1.0,
@@ -148,7 +150,7 @@ class FlexIPSampler(io.ComfyNode):
         grid = [(amount, value) for amount in amounts or (None,) for value in values or (None,)]
         if len(grid) > MOST:
             raise ValueError(
-                f"{NODE}: {len(amounts)} strengths with {len(values)} gates each are {len(grid)} pictures, at most {MOST} fit into one batch. Use fewer."
+                f"{NODE}: {len(amounts)} strengths with {len(values)} gates each make {len(grid)} pictures, and at most {MOST} fit into one batch. Use fewer."
             )
         rows = [cell for cell in grid for _ in range(len(latent_image["samples"]))]
         if links:
@@ -258,7 +260,7 @@ def sample(
     denoise: float,
     copies: int,
 ) -> dict:
-    """core's KSampler on `copies` of the latent batch, which all get the noise that one alone would get."""
+    """Core's KSampler on `copies` of the latent batch, which all get the noise that a single copy would get."""
     samples = with_channels_of(model, latent)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     sampler = comfy.samplers.sampler_object(sampler_name)

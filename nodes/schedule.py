@@ -1,4 +1,4 @@
-"""FlexIPGateSchedule and FlexIPGateBatch: a gate that changes over the sampling, or along the batch."""
+"""FlexIPGateSchedule and FlexIPGateBatch: a gate that changes over the sampling, or over the batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FlexIPGateSchedule(io.ComfyNode):
                     socketless=False,
                     optional=True,
                     default=STRAIGHT,
-                    tooltip="The gate over the sampling: left is its beginning, right its end, up is 1. Draw it here or wire a Curve Editor. It counts only when preset is 'curve'.",
+                    tooltip="The gate over the sampling: left is its beginning, right its end, up is 1. Draw it here or wire a Curve Editor. It is used only when preset is 'curve'.",
                 )
             )
         return io.Schema(
@@ -72,7 +72,7 @@ class FlexIPGateSchedule(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="Only for the plot, together with sigmas: the model that says which part of the sampling a sigma is.",
+                    tooltip="Only for the plot, together with sigmas: the model, which says which part of the sampling each sigma belongs to.",
                 ),
                 io.Sigmas.Input(
                     "sigmas",
@@ -99,7 +99,7 @@ class FlexIPGateSchedule(io.ComfyNode):
         title = gate.name
         if preset != DRAWN and (made := _made(curve)):
             title += f" (the {made} curve is not used)"
-            if made == WIRED:  # who drew one may have turned to a preset since; a wire is there to be used
+            if made == WIRED:  # whoever drew one may have switched to a preset since; a wire is meant to be used
                 notices.warn(
                     f"the {made} curve is not used, because preset is '{preset}'; set preset to 'curve' to use it",
                     notices.id_of(cls),
@@ -130,7 +130,7 @@ def drawn_curve(curve: Any) -> GateCurve:
 
 
 def _made(curve: Any) -> str:
-    """How somebody made it; empty for none, or as the editor shows it at first."""
+    """How it was made; empty for none, or for the one that the editor shows at first."""
     if not isinstance(curve, (dict, list, tuple)):
         return "" if curve is None else WIRED
     points = curve.get("points") if isinstance(curve, dict) else curve
@@ -138,13 +138,13 @@ def _made(curve: Any) -> str:
 
 
 def preview(gate: GateCurve, title: str, model: Any, sigmas: torch.Tensor | None) -> torch.Tensor:
-    """The plot: a dot per step where the sigmas of the run are known, else the curve itself."""
+    """The plot: a dot per step where the sigmas of the run are known, otherwise the curve itself."""
     if sigmas is None:
         line = Series("gate", GRID, [gate(percent) for percent in GRID])
         return line_plot([line], "part of the sampling", "gate", title, x_range=(0, 1), y_range=(0, 1))
     if model is None:
         raise ValueError(
-            f"{SCHEDULE}: sigmas are wired without a model, and which part of the sampling a sigma is depends on the model. Wire the model too, or remove the sigmas."
+            f"{SCHEDULE}: sigmas are wired without a model, and the model decides which part of the sampling a sigma belongs to. Wire the model too, or remove the sigmas."
         )
     gates = step_gates(gate, model, sigmas)
     label = f"step (sigma {sigmas[0]:.3g} to {sigmas[-1]:.3g})" if gates else "step"
@@ -153,7 +153,7 @@ def preview(gate: GateCurve, title: str, model: Any, sigmas: torch.Tensor | None
 
 
 def step_gates(gate: GateCurve, model: Any, sigmas: torch.Tensor) -> list[float]:
-    """The gate of each step; a step begins at its sigma, the last sigma is where the last step arrives."""
+    """The gate of each step; a step begins at its sigma, and the last step ends at the last sigma."""
     percent_of = PercentOfSigma(model.get_model_object("model_sampling").percent_to_sigma)
     return [gate(percent_of(sigma)) for sigma in sigmas[:-1].tolist()]
 
@@ -177,7 +177,7 @@ class FlexIPGateBatch(io.ComfyNode):
                     "spread",
                     options=list(SPREADS),
                     default="interpolate",
-                    tooltip="interpolate: the gates are key frames, evenly spread from the first picture to the last. repeat: one gate per picture, from the start again when they are used up.",
+                    tooltip="interpolate: the gates are key frames, evenly spread from the first picture to the last. repeat: one gate per picture, starting again when they are used up.",
                 ),
             ],
             outputs=[FlexIPGate.Output("gate", display_name="gate", tooltip="For gate_schedule of Apply FlexIP Gate.")],

@@ -1,4 +1,4 @@
-"""FlexIPScore: how near pictures are to the reference and to the prompt."""
+"""FlexIPScore: how close pictures are to the reference and to the prompt."""
 
 from __future__ import annotations
 
@@ -53,25 +53,25 @@ class FlexIPScore(io.ComfyNode):
                     options=choices,
                     default=files.AUTO,
                     optional=True,
-                    tooltip="CLIP in models/clip_vision for CLIP-I, and for CLIP-T if the file has its text tower. auto: OpenAI's ViT-B/32, by which published scores are made, else the largest that works.",
+                    tooltip="CLIP in models/clip_vision for CLIP-I, and for CLIP-T if the file has its text tower. auto: OpenAI's ViT-B/32, which published scores are made with, else the largest that works.",
                 ),
                 io.Combo.Input(
                     "dino",
                     options=choices,
                     default=files.AUTO,
                     optional=True,
-                    tooltip="DINO or DINOv2 in models/clip_vision for DINO-I. auto: DINO v1 ViT-S/16, by which published scores are made, else the largest that works.",
+                    tooltip="DINO or DINOv2 in models/clip_vision for DINO-I. auto: DINO v1 ViT-S/16, which published scores are made with, else the largest that works.",
                 ),
                 FlexIPAdapters.Input(
                     "adapters",
                     optional=True,
-                    tooltip="The adapters that made the pictures: scores by an encoder that they read themselves are marked.",
+                    tooltip="The adapters that made the pictures: scores from an encoder that these adapters read themselves are marked.",
                 ),
                 io.String.Input(
                     "gates",
                     default="",
                     optional=True,
-                    tooltip="The gates of a sweep, as on FlexIP Sampler, such as 0, 0.5, 1: scores are averaged per gate and plotted over it. The images come in its order. Empty: every image by itself.",
+                    tooltip="The gates of a sweep, as on FlexIP Sampler, such as 0, 0.5, 1: scores are averaged per gate and plotted over it. The images must be in the same order. Empty: every image by itself.",
                 ),
             ],
             outputs=[
@@ -144,7 +144,7 @@ def clip_scores(
     nearness = scores.image_scores(features, scorer.features(reference))
     clip_i = Score(CLIP_I, tuple(nearness.tolist()), file.label, file.note(CLIP_I, own))
     if not prompt:
-        return clip_i, scores.missing(CLIP_T, "there is no prompt; write it into prompt, or wire it there.")
+        return clip_i, scores.missing(CLIP_T, "there is no prompt; type it into prompt, or wire it there.")
     if file.text is None:
         return clip_i, scores.missing(CLIP_T, file.no_text)
     try:

@@ -38,7 +38,7 @@ def find(role: str, choice: str, node: str) -> ScorerFile:
         try:
             found.append(make(name, files.path_of(files.ENCODER_FOLDER, name, node)))
         except ValueError:
-            continue  # choosing the file by its name says what is wrong with it
+            continue  # who chooses the file by its name is told what is wrong with it
     for scorer in scorer_files.by_preference(found):
         try:
             scorer_files.check(scorer)
@@ -57,7 +57,7 @@ def check_choices(node: str, clip_vision: str | None, dino: str | None) -> bool 
 
 
 def fingerprint(clip_vision: str | None, dino: str | None) -> list:
-    """For ComfyUI's cache: a file that came into the folder, or changed, makes new scores; only the folder counts, whatever is chosen."""
+    """For ComfyUI's cache: a file that was added to the folder, or changed, means new scores; only the folder counts, whatever is chosen."""
     return [] if clip_vision == dino == NONE else files.state_of(files.ENCODER_FOLDER)
 
 
@@ -95,7 +95,7 @@ def text_features(file: ScorerFile, prompt: str) -> torch.Tensor:
 
 
 class IdentityScorer:
-    """One score of identity, for many calls with the same reference: the tower stays, the reference is encoded once."""
+    """One identity score, for many calls with the same reference: the tower stays loaded, and the reference is encoded once."""
 
     def __init__(self, name: str, scorer: ImageScorer, needs: Iterable = ()):
         self.name = name
@@ -133,7 +133,7 @@ def check_pictures(pictures: Any, name: str, node: str) -> None:
         )
     if not pictures.is_floating_point():
         raise ValueError(
-            f"{node}: {name} holds whole numbers instead of decimal ones from 0 to 1; connect an image as ComfyUI's nodes make it."
+            f"{node}: {name} holds whole numbers instead of decimals from 0 to 1; connect an image as ComfyUI's nodes make it."
         )
     for number, picture in enumerate(pictures):
         if not finite(picture):

@@ -21,7 +21,7 @@ def base_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """Torch's attention with the backends in ComfyUI's own order: by itself torch may prefer one that plans anew for every shape."""
+    """Torch's attention with the backends in ComfyUI's own order: by itself torch may prefer one that plans again for every shape."""
     return comfy.ops.scaled_dot_product_attention(q, k, v, **kwargs)  # looked up late, too
 
 
@@ -31,7 +31,7 @@ def fork_patches(source: Any, clone: Any) -> None:
     forks: dict[tuple[int, str], GatedAttention] = {}
     for key, patch in slots.items():
         if isinstance(patch, GatedAttention):
-            # one object again under both keys of a block: moving what sat there before us can have made it two
+            # one object under both keys of a block again: moving what sat there before us may have made two
             slots[key] = forks.setdefault((patch.position, patch.address), patch.fork())
 
 

@@ -1,4 +1,4 @@
-"""What travels with every conditioning through a run: which rows of a UNet call are whose, and which part of the latent they show."""
+"""What travels with every conditioning through a run: whose each row of a UNet call is, and which part of the latent it shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tag(entry: int, batch: int) -> comfy.conds.CONDRegular:
     """(batch, 1, 1): which conditioning of the run a row belongs to, and its row in the latent batch, as one number.
 
     A tensor with a row per latent, so that whatever repeats, cuts, windows or reorders the batch does the same to it. It stays on
-    the CPU, so that reading it back waits for nothing.
+    the CPU, so that reading it back does not wait for the GPU.
     """
     return comfy.conds.CONDRegular((entry * ROWS + torch.arange(batch)).view(-1, 1, 1))
 
@@ -26,8 +26,8 @@ def tag(entry: int, batch: int) -> comfy.conds.CONDRegular:
 def view(height: int, width: int) -> comfy.conds.CONDNoiseShape:
     """(1, 2, height, width, 1): row and column of every latent cell.
 
-    Laid out like the latent, so that whatever cuts the latent (areas, context windows over height or width) cuts it alike. The last
-    dimension keeps TiledDiffusion's hands off, which breaks on a four-dimensional conditioning of the latent's own size.
+        Laid out like the latent, so that whatever cuts the latent (areas, context windows over height or width) cuts it alike. The last
+    The last
     """
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return comfy.conds.CONDNoiseShape(torch.stack([rows, columns])[None, ..., None])
@@ -74,6 +74,6 @@ def _of_tiles(options: dict[str, Any], views: list[View]) -> list[View]:
 
 
 def _rolled(indices: tuple[int, ...], shift: int) -> tuple[int, ...]:
-    """As torch.roll does it."""
+    """As torch.roll does."""
     shift %= len(indices)
     return indices[-shift:] + indices[:-shift] if shift else indices

@@ -31,7 +31,7 @@ TRAIN = "FlexIPTrain"
 CACHE = "cache"  # of [task]: what the command `cache` filled
 RUNS = "flexip_training"  # in ComfyUI's output folder
 DATA_PARTS = ("variant", "invariant")
-NO_DATA = "no training data in input"  # chosen where there is none: from an empty list the page sends nothing
+NO_DATA = "no training data in input"  # the choice where there is none: from an empty list the page sends nothing
 NAME = re.compile(r"[\w][\w .-]{0,79}")
 GOES_ON = (
     "{} is trained in a process of its own: it goes on after you close ComfyUI, until it is done. To end it, queue FlexIP Training "
@@ -56,7 +56,7 @@ class FlexIPTrain(io.ComfyNode):
                 io.String.Input(
                     "run",
                     default="my_adapters",
-                    tooltip=f"Name of the run, which lies in output/{RUNS}. When it is done, its adapters are in models/flexip under this name.",
+                    tooltip=f"Name of the run, which is kept in output/{RUNS}. When it is done, its adapters are in models/flexip under this name.",
                 ),
                 io.Combo.Input(
                     "checkpoint",
@@ -66,12 +66,12 @@ class FlexIPTrain(io.ComfyNode):
                 io.Combo.Input(
                     "clip_vision",
                     options=encoders,
-                    tooltip="The CLIP image encoder that the adapters read. auto: the file in models/clip_vision that is one, by its contents; ViT-H/14 if it is there.",
+                    tooltip="The CLIP image encoder that the adapters read. auto: the one in models/clip_vision, found by its contents; ViT-H/14 if it is there.",
                 ),
                 io.Combo.Input(
                     "dino",
                     options=encoders,
-                    tooltip="The DINOv2 image encoder that the adapters read. auto: the file in models/clip_vision that is one, by its contents; ViT-L/14 if it is there.",
+                    tooltip="The DINOv2 image encoder that the adapters read. auto: the one in models/clip_vision, found by its contents; ViT-L/14 if it is there.",
                 ),
                 io.Combo.Input(
                     "data",
@@ -83,7 +83,7 @@ class FlexIPTrain(io.ComfyNode):
                     default=20000,
                     min=LIMITS["steps"][0],
                     max=LIMITS["steps"][1],
-                    tooltip="Training steps in all. A finished run goes on if this is raised.",
+                    tooltip="Training steps in all. Raise this to continue a finished run.",
                 ),
                 io.Int.Input(
                     "batch", default=4, min=LIMITS["batch"][0], max=LIMITS["batch"][1], tooltip="Pictures per step."
@@ -103,7 +103,7 @@ class FlexIPTrain(io.ComfyNode):
                     max=LIMITS["optimizer.lr"][1],
                     step=1e-6,
                     round=1e-8,
-                    tooltip="1e-4 from scratch; lower, such as 2e-5, where pictures break up.",
+                    tooltip="1e-4 from scratch; lower, such as 2e-5, if pictures break up.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -125,7 +125,7 @@ class FlexIPTrain(io.ComfyNode):
                     options=["bf16", "fp32"],
                     optional=True,
                     advanced=True,
-                    tooltip="Of the frozen base; bf16 needs half the memory.",
+                    tooltip="Precision of the frozen base; bf16 needs half the memory.",
                 ),
                 io.Boolean.Input(
                     "recompute",
@@ -226,7 +226,7 @@ class FlexIPTrain(io.ComfyNode):
                 mm.soft_empty_cache()
                 training.background.start(cfg, export=adapters)
                 report, warnings = (
-                    f"Training of {folder.name} has begun; look at it with FlexIP Training Status.\n{found.text()}",
+                    f"Training of {folder.name} has begun; watch it with FlexIP Training Status.\n{found.text()}",
                     (GOES_ON.format(folder.name),),
                 )
         said = dataclasses.replace(notices.Report.of(report), warnings=warnings)
@@ -238,7 +238,7 @@ def run_folder(run: str, node: str) -> Path:
     name = run.strip()
     if not NAME.fullmatch(name) or name.endswith(".") or is_device(name):
         raise ValueError(
-            f"{node}: {files.shown(run)} is no name for a run; use letters, digits, spaces, dots, - and _, and no name of a "
+            f"{node}: {files.shown(run)} cannot be the name of a run; use letters, digits, spaces, dots, - and _, and no name of a "
             "device of Windows, such as nul."
         )
     return Path(folder_paths.get_output_directory()) / RUNS / name
@@ -277,7 +277,7 @@ def encoder_path(training: Any, role: str, choice: str) -> str:
 
 
 def check_files(training: Any, task: dict[str, Any]) -> None:
-    """ValueError for a file that the training would refuse, told here and not in a process that nobody looks at."""
+    """ValueError for a file that the training would refuse, raised here and not in a process that nobody watches."""
     training.sd_configs.read_checkpoint(task["checkpoint"])
     for role in training.image_encoders.NEEDED:
         training.image_encoders.encoder_in(role, task[role])
@@ -292,7 +292,7 @@ def adapters_file(run: str) -> Path:
 
 
 def standing(background: Any, folder: Path, cfg: Any, adapters: Path) -> str | None:
-    """What to say of a run that is being trained with these settings or has nothing left to do; None: it is to be started.
+    """What to say of a run that is being trained with these settings or has nothing left to do; None where it must be started.
 
     So the node can stand in one graph with FlexIP Training Status, which is queued again and again.
     """
@@ -303,7 +303,7 @@ def standing(background: Any, folder: Path, cfg: Any, adapters: Path) -> str | N
     if known.steps != cfg.steps or background.changed_settings(known, cfg, every=True):
         return None
     if found.state in ("starting", "running"):
-        return f"{folder.name} is being trained; look at it with FlexIP Training Status.\n{found.text()}"
+        return f"{folder.name} is being trained; watch it with FlexIP Training Status.\n{found.text()}"
     if found.state == "finished" and adapters.exists():
         return f"{folder.name} is finished, its adapters are in {adapters}. Raise steps to go on.\n{found.text()}"
     return None
@@ -339,7 +339,7 @@ def merged(chosen: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 
 def _progress() -> Any:
-    """For a check of the data, which takes minutes where there is much: shown on the node, and ended by ComfyUI's cancel."""
+    """For a check of the data, which takes minutes where there is a lot: shown on the node, and ended by ComfyUI's cancel."""
     bar = comfy.utils.ProgressBar(1)
 
     def show(done: int, total: int) -> None:
@@ -354,7 +354,7 @@ def trainer(*packages: str) -> Any:
     for name in packages:
         if importlib.util.find_spec(name) is None:
             raise RuntimeError(
-                f"{TRAIN}: training needs the package {name}, which ComfyUI does not bring: run pip install {name} with ComfyUI's Python."
+                f"{TRAIN}: training needs the package {name}, which does not come with ComfyUI: run pip install {name} with ComfyUI's Python."
             )
     from ..flexip_core import training
     from ..flexip_core.training import background, check, config, entries, image_encoders, sd_configs  # noqa: F401 - its attributes

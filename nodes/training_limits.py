@@ -1,4 +1,4 @@
-"""How much of the machine a training may take that a workflow begins, which may come from anywhere."""
+"""How much of the machine a training may take when a workflow starts it, since a workflow may come from anywhere."""
 
 from __future__ import annotations
 

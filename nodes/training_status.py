@@ -23,7 +23,7 @@ PLOT = (560, 320)
 LOOK, STOP = "look", "stop"
 MOST_PIXELS = 2**26  # of a preview
 MOST_RUNS = 20  # that are listed
-_stops: dict[Path, str | None] = {}  # runs that a prompt asked to stop, and which prompt
+_stops: dict[Path, str | None] = {}  # runs that a prompt asked to stop, and which prompt it was
 
 
 class FlexIPTrainingStatus(io.ComfyNode):
@@ -40,12 +40,12 @@ class FlexIPTrainingStatus(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.String.Input(
-                    "run", default="my_adapters", tooltip="The run's name; wire it from Train FlexIP, or write it."
+                    "run", default="my_adapters", tooltip="The run's name; wire it from Train FlexIP, or type it."
                 ),
                 io.Combo.Input(
                     "action",
                     options=[LOOK, STOP],
-                    tooltip="stop: queued twice in a row, so that no workflow from elsewhere does it, the run saves its state and ends after the step it is in. Queue Train FlexIP again to go on.",
+                    tooltip="stop: the run saves its state and ends after the step it is in. Queue it twice in a row, so that no workflow from elsewhere can stop a run. Queue Train FlexIP again to continue.",
                 ),
             ],
             outputs=[
@@ -121,7 +121,7 @@ def preview_of(previews: tuple[Path, ...]) -> torch.Tensor:
             return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)[None]
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"the preview {name} is no PNG that can be read ({error}); take it out of the run's folder."
+            f"the preview {name} is not a PNG that can be read ({error}); take it out of the run's folder."
         ) from None
 
 

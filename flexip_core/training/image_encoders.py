@@ -45,7 +45,7 @@ def choose(role: str, paths: Mapping[str, str], where: str) -> str:
         try:
             encoder, shape = encoder_in(role, path), identify(read_header(path)).shape
         except ValueError:
-            continue  # choosing the file by its name says what is wrong with it
+            continue  # who chooses the file by its name is told what is wrong with it
         found.append((encoder != _OWN[role], -shape.depth * shape.width**2, not is_published(path), name))
     if not found:
         looked = ", ".join(f"{name} ({_what(path)})" for name, path in paths.items()) or "no files at all"

@@ -96,7 +96,7 @@ def test_the_gate_it_returns_reaches_the_target_and_sits_on_the_model(gated, sco
         for seed, (low, high) in zip((5, 6), scorer.ends)
     ]
     assert abs(sum(got) / 2 - 0.5) < 0.05
-    assert f"gate {gate:.2f} reaches 0.500" in report and "single noises reach it between" in report
+    assert f"gate {gate:.2f} reaches 0.500" in report and "individual noises reach it between" in report
     assert plot.shape[0] == 1 and plot.std() > 0
 
 

@@ -272,7 +272,7 @@ def test_packs_that_reorder_or_split_the_batch_keep_every_rows_reference_and_gat
 def test_a_prompt_of_another_checkpoints_clip_is_a_sentence(model, network):
     gated = runtime.attach(model, tiny.link_for(network, tiny.tiny_reference()))
     wide = [[torch.randn(1, 77, 2 * tiny.TEXT_WIDTH), {}]]
-    with pytest.raises(ValueError, match="ApplyFlexIPGate: the model reads text 64 wide.*128 wide"):
+    with pytest.raises(ValueError, match="ApplyFlexIPGate: the model reads text of width 64.*width 128"):
         tiny.ksample(gated, wide, N)
 
 

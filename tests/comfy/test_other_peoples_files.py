@@ -60,8 +60,8 @@ def test_with_several_that_fit_the_report_and_the_log_say_how_many_and_which(wor
     save(world, "a.safetensors", clip(2))
     with caplog.at_level(logging.INFO):
         two = encode(load(), picture()).args[0]
-    assert "from a.safetensors (taken of 2 that fit: a.safetensors, b.safetensors)" in two.encoders
-    assert "a.safetensors, taken of 2 that fit: a.safetensors, b.safetensors. Choose another" in caplog.text
+    assert "from a.safetensors (chosen from 2 that fit: a.safetensors, b.safetensors)" in two.encoders
+    assert "a.safetensors, chosen from 2 that fit: a.safetensors, b.safetensors. Choose another" in caplog.text
     chosen = encode(load(clip_vision="b.safetensors"), picture()).args[0]
     assert chosen.encoders == only.encoders and torch.equal(chosen.features["cls"], only.features["cls"])
     assert not torch.equal(two.features["cls"], only.features["cls"])

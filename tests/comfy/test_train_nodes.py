@@ -178,7 +178,7 @@ OUTSIDE = [
 @pytest.mark.parametrize("run", OUTSIDE)
 def test_a_run_has_a_name_that_leads_nowhere_else(place, run):
     for attempt in (lambda: execute(run=run), lambda: FlexIPTrainingStatus.execute(run, "look")):
-        with pytest.raises(ValueError, match="FlexIPTrain.*is no name for a run"):
+        with pytest.raises(ValueError, match="FlexIPTrain.*cannot be the name of a run"):
             attempt()
     assert not place.started
 
@@ -468,7 +468,7 @@ def test_previews_are_pngs_of_the_folder_itself_and_of_a_size(place, cfg, monkey
     assert FlexIPTrainingStatus.execute("mine", "look").args[2].std() == 0, "a link is no preview"
     bad = previews / "step_000003.png"
     bad.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
-    with pytest.raises(ValueError, match="FlexIPTrainingStatus: the preview step_000003.png is no PNG"):
+    with pytest.raises(ValueError, match="FlexIPTrainingStatus: the preview step_000003.png is not a PNG"):
         FlexIPTrainingStatus.execute("mine", "look")
     monkeypatch.setattr(training_status, "MOST_PIXELS", 50)
     Image.new("RGB", (10, 6)).save(bad)

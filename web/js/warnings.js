@@ -1,5 +1,5 @@
 // A run's warnings on the page: a badge on the node that they are about, and a notice.
-// The server sends "flexip.warnings" with {node, warnings: [sentences]} after every sampling; an empty list takes them away.
+// The server sends "flexip.warnings" with {node, warnings: [sentences]} after every sampling; an empty list clears them.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 

@@ -1,4 +1,4 @@
-// The words of FlexIP's own widgets, which ComfyUI's translations of nodes do not reach.
+// The words on FlexIP's own widgets, which ComfyUI's translations of nodes do not reach.
 import { app } from "../../../scripts/app.js";
 
 const CHINESE = {
