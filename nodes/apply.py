@@ -47,7 +47,7 @@ class ApplyFlexIPGate(io.ComfyNode):
                 FlexIPAdapters.Input(
                     "adapters",
                     optional=True,
-                    tooltip="From Load FlexIP Adapters. Not needed: a reference carries its own; only one from a file has none.",
+                    tooltip="From Load FlexIP Adapters. Usually not needed: a reference brings its adapters along; only one loaded from a file does not.",
                 ),
                 FlexIPReference.Input("reference", tooltip="From Encode Reference."),
                 io.Float.Input(
@@ -116,7 +116,7 @@ class ApplyFlexIPGate(io.ComfyNode):
         cls,
         model: Any,
         adapters: LoadedAdapters | None = None,
-        reference: Any = None,  # a Reference or ReferenceSet, always: Python wants a default behind an optional one
+        reference: Any = None,  # a Reference or ReferenceSet, always: Python wants a default after an optional one
         gate: float = 0.6,
         strength: float = 1.0,
         start_percent: float = 0.0,
@@ -129,7 +129,7 @@ class ApplyFlexIPGate(io.ComfyNode):
         adapters = adapters or reference.adapters
         if adapters is None:
             raise ValueError(
-                f"{NODE}: the reference came out of a file, without its adapters. Wire Load FlexIP Adapters into adapters."
+                f"{NODE}: the reference was loaded from a file, without its adapters. Wire Load FlexIP Adapters into adapters."
             )
         check_base(model, adapters)
         check_reference(adapters, reference)

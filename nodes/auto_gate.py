@@ -32,7 +32,7 @@ class FlexIPAutoGate(io.ComfyNode):
             node_id=NODE,
             display_name="FlexIP Auto Gate",
             category=CONTROL_MENU,
-            description="Keep at least this much identity: finds the smallest gate whose identity score reaches the target, by a few short runs, and shows the curve it found.",
+            description="Keep at least this much identity: finds the smallest gate whose identity score reaches the target, with a few short runs, and shows the curve it found.",
             search_aliases=["auto gate", "identity target", "find gate", "likeness", "auto weight"],
             is_output_node=False,
             **KEEP_PREVIEW,

@@ -17,7 +17,7 @@ from .types import CONTROL_MENU, FlexIPGate, FlexIPReference
 
 NODE = "FlexIPConditioning"
 OWN = "flexip"  # key in the conditioning's dict
-REMINDER = "flexip_conditioning_without_apply_flexip_gate"  # key in its model_conds; the error of a model that takes no extra arguments shows it
+REMINDER = "flexip_conditioning_without_apply_flexip_gate"  # key in its model_conds; the error of the error of a model that takes no extra arguments shows it
 
 
 class FlexIPConditioning(io.ComfyNode):
@@ -27,7 +27,7 @@ class FlexIPConditioning(io.ComfyNode):
             node_id=NODE,
             display_name="FlexIP Conditioning",
             category=CONTROL_MENU,
-            description="A prompt with its own reference and gate, for regional prompts. The model needs Apply FlexIP Gate; there this prompt's values count instead.",
+            description="A prompt with its own reference and gate, for regional prompts. The model still needs Apply FlexIP Gate; for this prompt, the values here replace that node's.",
             search_aliases=[
                 "regional prompt",
                 "conditioning reference",

@@ -42,7 +42,7 @@ class FlexIPDemoModels(io.ComfyNode):
             node_id=NODE,
             display_name="FlexIP Demo Models",
             category=START_MENU,
-            description="A small trained world that comes with the pack: no file to download, seconds on a CPU. Shows what the gate does. Latents of 64 x 64 px; it knows only discs, squares, triangles and crosses on six grounds.",
+            description="A small trained world that comes with the pack: nothing to download, and a picture takes seconds on a CPU. Shows what the gate does. Use latents of 64 x 64 px; it knows only discs, squares, triangles and crosses on six grounds.",
             search_aliases=["demo", "mini world", "example models", "tiny model"],
             is_experimental=True,
             inputs=[

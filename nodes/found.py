@@ -26,7 +26,7 @@ PUBLIC = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """An IP-Adapter file that a preset reads. The headers of "plus" files for faces, for compositions and for all else are alike,
+    """An IP-Adapter file that a preset reads. The headers of "plus" files for faces, for compositions and for everything else are alike,
     so among those the name tells."""
 
     family: str
@@ -79,7 +79,7 @@ def first_fitting(model: Any, node: str) -> str:
     """The first file that fits the model, whatever its kind."""
     if model is None:
         raise ValueError(
-            f"{node}: preservation is {files.AUTO}, which looks for a file that fits the model. Wire the model in, or choose a file."
+            f"{node}: preservation is {files.AUTO}, which looks for a file that fits the model. Wire the model into it, or choose a file."
         )
     if found := fitting(model, node):
         return found[0].name

@@ -83,7 +83,7 @@ class LoadFlexIPAdapters(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="Only for preservation = auto: the model that the file is to fit.",
+                    tooltip="Only for preservation = auto: the model that the file must fit.",
                 ),
             ],
             outputs=[

@@ -43,7 +43,7 @@ class FlexIPSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A model with a FlexIP gate. Without one, as where Apply FlexIP Gate is bypassed, it is sampled as it is.",
+                    tooltip="A model with a FlexIP gate. Without one (for example with Apply FlexIP Gate bypassed) it is sampled as it is.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -207,7 +207,7 @@ def cells_of(
     bare: torch.Tensor | None,
     links: tuple[Link, ...],
 ) -> dict[str, list]:
-    """For the node's `ui`, what web/js/sheet.js draws: each picture with its row (strength, gate), those of the same noise
+    """For the node's `ui`, what web/js/sheet.js draws: each picture with its row (strength, gate), the pictures of the same noise
     without the last link, and which node that link is of. Of a video the first frames."""
     node_id = links[-1].node_id if links else None
     files = ui.PreviewImage(pictures[:: len(pictures) // len(rows)], cls=cls).values
@@ -225,7 +225,7 @@ def cells_of(
 
 
 def gate_labels(links: tuple[Link, ...], latents: int) -> list[str]:
-    """Of the columns without a sweep: one, or one per latent where each has a gate of its own."""
+    """Of the columns without a sweep: one, or one per latent where each latent has its own gate."""
     if not links:
         return ["no gate"]
     gates = links[-1].gates

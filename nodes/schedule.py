@@ -165,7 +165,7 @@ class FlexIPGateBatch(io.ComfyNode):
             node_id=BATCH,
             display_name="FlexIP Gate Batch",
             category=CONTROL_MENU,
-            description="A gate of its own for every picture of a batch, or every frame of a video, for Apply FlexIP Gate.",
+            description="A separate gate for every picture of a batch, or every frame of a video, for Apply FlexIP Gate.",
             search_aliases=["gate per frame", "batch gate", "keyframe", "video", "animatediff", "frames"],
             inputs=[
                 io.String.Input(

@@ -31,7 +31,7 @@ class FlexIPScore(io.ComfyNode):
             node_id=NODE,
             display_name="FlexIP Score",
             category=CHECK_MENU,
-            description="Scores every picture of a batch: CLIP-I and DINO-I (nearness to the reference), CLIP-T (nearness to the prompt). With the gates of a sweep it plots them over the gate.",
+            description="Scores every picture of a batch: CLIP-I and DINO-I (how close it is to the reference), CLIP-T (how close it is to the prompt). With the gates of a sweep it plots them over the gate.",
             search_aliases=["clip score", "clip-i", "clip-t", "dino score", "evaluate", "metrics", "similarity"],
             is_output_node=True,
             **KEEP_PREVIEW,

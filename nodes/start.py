@@ -36,7 +36,7 @@ class FlexIPStart(io.ComfyNode):
             node_id=NODE,
             display_name="FlexIP",
             category=START_MENU,
-            description="Drop in a picture, write a prompt, move one slider: 1 keeps what the picture shows, 0 follows the prompt. Finds the files that fit the model by itself.",
+            description="Drop in a picture, write a prompt, move one slider: 1 keeps what the picture shows, 0 follows the prompt. It finds the files that fit the model by itself.",
             search_aliases=[
                 "ip adapter",
                 "ip-adapter",
@@ -57,17 +57,19 @@ class FlexIPStart(io.ComfyNode):
             ],
             enable_expand=True,
             inputs=[
-                io.Model.Input("model", tooltip="An SD1.5 or SDXL checkpoint; which of them is read from the model."),
+                io.Model.Input(
+                    "model", tooltip="An SD1.5 or SDXL checkpoint; which of the two is read from the model itself."
+                ),
                 io.Image.Input(
                     "image",
                     raw_link=True,
-                    tooltip="The reference picture, any size; several are one subject seen several times.",
+                    tooltip="The reference picture, any size; several pictures are one subject seen several times.",
                 ),
                 io.Combo.Input(
                     "preset",
                     options=[*PRESETS, FLEXIP_FILE],
                     default="subject",
-                    tooltip="What gate 1 keeps. subject: whatever is shown. portrait: the face. whole look: everything, against a weaker likeness at 0. style only and layout: just that. FlexIP file: as the file was trained.",
+                    tooltip="What gate 1 keeps. subject: whatever is shown. portrait: the face. whole look: everything, with a weaker likeness at 0. style only and layout: just that. FlexIP file: as the file was trained.",
                 ),
                 io.Float.Input(
                     "gate",
@@ -76,7 +78,7 @@ class FlexIPStart(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     display_mode=io.NumberDisplay.slider,
-                    tooltip="1 keeps what the preset names, 0 lets the prompt decide; everything between is continuous.",
+                    tooltip="1 keeps what the preset names, 0 lets the prompt decide; in between it changes smoothly.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -84,13 +86,13 @@ class FlexIPStart(io.ComfyNode):
                     min=0.0,
                     max=5.0,
                     step=0.01,
-                    tooltip="How much the reference counts at all. With one file the gate does the same, so then this is hidden on the page.",
+                    tooltip="How strongly the reference acts overall. With one file the gate does the same, so the page hides this.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     raw_link=True,
-                    tooltip="Where the reference acts in the picture that is made: white fully, black not at all.",
+                    tooltip="Where the reference acts in the new picture: white fully, black not at all.",
                 ),
                 io.Combo.Input(
                     "crop",
@@ -98,7 +100,7 @@ class FlexIPStart(io.ComfyNode):
                     default="center",
                     optional=True,
                     advanced=True,
-                    tooltip="How the picture becomes a square: center cuts the middle; pad shows it whole with borders; squash shows it whole, distorted; subject cuts around what is not transparent.",
+                    tooltip="How the picture becomes a square: center cuts out the middle; pad shows it whole with borders; squash shows it whole, distorted; subject cuts around what is not transparent.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -120,7 +122,7 @@ class FlexIPStart(io.ComfyNode):
                     default=files.AUTO,
                     optional=True,
                     advanced=True,
-                    tooltip="The file at gate 1. auto: found by its contents. The button below writes the names of what was found into these.",
+                    tooltip="The file at gate 1. auto: found by its contents. The button below fills in the names of the files that were found.",
                 ),
                 io.Combo.Input(
                     "personalization",
@@ -152,7 +154,7 @@ class FlexIPStart(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> list:
-        """What is found depends on all that is in the folders."""
+        """What is found depends on everything in the folders."""
         return [state for folder in files.ADAPTER_FOLDERS for state in files.state_of(folder)]
 
     @classmethod
@@ -208,7 +210,7 @@ class FlexIPStart(io.ComfyNode):
 
 
 def chosen(model: Any, preset: str, preservation: str, personalization: str) -> tuple[str, str, tuple[str, str] | None]:
-    """The files of both sides, "auto" for no second one, and the blocks of both where they are not all."""
+    """The files of both sides ("auto" for no second one), and the blocks of both where these are not all blocks."""
     if preset == FLEXIP_FILE:
         return flexip_file(model) if preservation == files.AUTO else preservation, files.AUTO, None
     base = found.base_of(model)

@@ -47,7 +47,7 @@ class FlexIPTrain(io.ComfyNode):
             node_id=TRAIN,
             display_name="Train FlexIP",
             category=TRAIN_MENU,
-            description="Trains FlexIP adapters on your pictures. Checks them, frees the GPU, starts the training in a process of its own and returns: closing the page or ComfyUI does not end it. Queue it again to go on with a run that was stopped. Needs diffusers (pip install diffusers).",
+            description="Trains FlexIP adapters on your pictures. Checks them, frees the GPU, starts the training in a process of its own and returns: closing the page or ComfyUI does not end it. Queue it again to continue a run that was stopped. Needs diffusers (pip install diffusers).",
             search_aliases=["train", "training", "fine-tune", "finetune", "adapter training"],
             is_experimental=True,
             is_output_node=True,

@@ -23,7 +23,7 @@ PLOT = (560, 320)
 LOOK, STOP = "look", "stop"
 MOST_PIXELS = 2**26  # of a preview
 MOST_RUNS = 20  # that are listed
-_stops: dict[Path, str | None] = {}  # runs that a prompt asked to stop, and which prompt it was
+_stops: dict[Path, str | None] = {}  # runs that a prompt asked to stop, and which prompt it was it was
 
 
 class FlexIPTrainingStatus(io.ComfyNode):
@@ -33,7 +33,7 @@ class FlexIPTrainingStatus(io.ComfyNode):
             node_id=STATUS,
             display_name="FlexIP Training Status",
             category=TRAIN_MENU,
-            description="Shows how far a training run is, its losses and its newest preview pictures, says which other runs there are, and stops a run on request. Queue it as often as you like.",
+            description="Shows how far a training run has come, its losses and its newest preview pictures, lists the other runs, and stops a run on request. Queue it as often as you like.",
             search_aliases=["training progress", "loss", "stop training", "training preview"],
             is_experimental=True,
             is_output_node=True,

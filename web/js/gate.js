@@ -1,5 +1,5 @@
 // A slider that tells the truth: what its ends are, what else decides where it does not, and a switch that makes it a live dial.
-// All of it is read anew from the graph now and then, which no way of changing a graph escapes; nothing is kept in the workflow.
+// All of it is read from the graph again now and then, so that no way of changing a graph is missed; nothing is kept in the workflow.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { GATED, allNodes, consumersOf, kindOf, runs, sourceOf, widgetOf } from "./graph.js";
@@ -43,7 +43,7 @@ function setDisabled(widget, disabled) {
   }
 }
 
-/** Hidden in canvas nodes and in Vue nodes; the node gets as high as what is left, but never on its own when a workflow is opened. */
+/** Hidden in canvas nodes and in Vue nodes; the node becomes as high as what is left, but never on its own when a workflow is opened. */
 function setHidden(node, widget, hidden) {
   if (!widget || Boolean(widget.hidden) === hidden) return;
   widget.hidden = hidden;

@@ -40,7 +40,7 @@ export function targetsOf(node, name) {
 export function consumersOf(node, seen = new Set()) {
   const found = [];
   for (const [target] of targetsOf(node, node.outputs?.find((output) => output.type === "MODEL")?.name)) {
-    if (!target) found.push(target); // out of a subgraph: nobody knows
+    if (!target) found.push(target); // out of a subgraph: unknown
     else if (!seen.has(target)) {
       seen.add(target);
       const passesOn = target.outputs?.some((output) => output.type === "MODEL" && output.links?.length);
