@@ -123,7 +123,7 @@ def test_a_reference_brings_its_adapters_to_apply():
     wired = ApplyFlexIPGate.execute(model, adapters, bare, 0.3, 1.0, 0.0, 1.0).args[0]
     carried = ApplyFlexIPGate.execute(model, None, carrying, 0.3, 1.0, 0.0, 1.0).args[0]
     assert torch.equal(tiny.ksample(wired, P, N), tiny.ksample(carried, P, N))
-    with pytest.raises(ValueError, match="came out of a file, without its adapters. Wire Load FlexIP Adapters"):
+    with pytest.raises(ValueError, match="was loaded from a file, without its adapters. Wire Load FlexIP Adapters"):
         ApplyFlexIPGate.execute(model, None, bare, 0.3, 1.0, 0.0, 1.0)
 
 
