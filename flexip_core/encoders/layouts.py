@@ -159,7 +159,7 @@ _SIGNS = (
     ("dino", "meta dinov3", ("storage_tokens", "cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight")),
     ("dino", "timm", ("patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight")),
 )
-# No adapter reads such a ViT, so only who asks for it by `identify_vit` gets it.
+# No adapter reads such a ViT, so it is only found by `identify_vit`.
 _VIT_SIGNS = (
     (
         "dino",
@@ -190,7 +190,7 @@ _DROPPED = re.compile(
 def identify(header: Header | Mapping[str, Shape]) -> EncoderFile | None:
     """Recognises an image encoder by keys and shapes, alone or inside a larger file; None if there is none.
 
-    If a training checkpoint holds several towers, the teacher's is taken (it is the one that DINO publishes), else
+    If a training checkpoint holds several towers, the teacher's is taken (it is the one that DINO publishes), otherwise
     the one with the shortest prefix.
     """
     return _identify(header, _SIGNS)
@@ -206,11 +206,11 @@ def _identify(header: Header | Mapping[str, Shape], table: tuple) -> EncoderFile
     for kind, layout, signs in table:
         prefixes = [key[: -len(signs[0])] for key in shapes if key.endswith(signs[0])]
         prefixes = [p for p in prefixes if p[-1:] in ("", ".") and all(p + sign in shapes for sign in signs)]
-        # each prefix costs a look at all names, and a file with so many is made to cost
+        # each prefix costs a look at all names; a file with this many was made to be slow
         for prefix in sorted(prefixes, key=lambda p: ("teacher" not in p, len(p), p))[:MOST_PREFIXES]:
             try:
                 shape = tower_shape(kind, _convert_shapes(shapes, kind, layout, prefix))
-            except (KeyError, IndexError, ValueError):  # names as expected, shapes not: no tower after all
+            except (KeyError, IndexError, ValueError):  # names as expected, shapes not: not a tower after all
                 continue
             return EncoderFile(layout, shape, prefix)
     return None
@@ -227,7 +227,7 @@ def tower_sources(keys: Iterable[str], file: EncoderFile) -> dict[str, list[str]
 
 
 def to_tower_layout(tensors: Mapping[str, torch.Tensor], file: EncoderFile) -> dict[str, torch.Tensor]:
-    """Renames a file's tensors to open_clip's (clip) or timm's (dino) names and drops all that is not the tower.
+    """Renames a file's tensors to open_clip's (clip) or timm's (dino) names and drops everything that is not part of the tower.
 
     Tensors are shared with `tensors` except fused q, k and v. DINO positions keep the file's number.
     """
@@ -286,7 +286,7 @@ def _convert_shapes(shapes: Mapping[str, Shape], kind: str, layout: str, prefix:
     for name, sources in _sources(shapes, kind, layout, prefix).items():
         first = shapes[sources[0]]
         if any(shapes[key][1:] != first[1:] for key in sources):
-            raise ValueError(f"{sources[0]} and its sisters differ in shape.")
+            raise ValueError(f"{sources[0]} and the tensors beside it differ in shape.")
         result[name] = first if len(sources) == 1 else (sum(shapes[key][0] for key in sources), *first[1:])
     if kind == "clip" and layout == "transformers" and "proj" in result:
         result["proj"] = result["proj"][::-1]
@@ -304,7 +304,7 @@ def _convert_shapes(shapes: Mapping[str, Shape], kind: str, layout: str, prefix:
 
 
 def tower_shape(kind: str, shapes: Mapping[str, Shape]) -> TowerShape:
-    """Reads the sizes from shapes in the tower's own layout. KeyError, IndexError or ValueError if it is no ViT."""
+    """Reads the sizes from shapes in the tower's own layout. KeyError, IndexError or ValueError if it is not a ViT."""
     shape = _read_shape(kind, shapes)
     if not all(0 < size <= LARGEST for size in (shape.width, shape.depth, shape.mlp, shape.patch)) or not all(
         0 <= size <= LARGEST for size in (shape.positions, shape.out, shape.registers)

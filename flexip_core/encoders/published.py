@@ -27,7 +27,7 @@ def is_published(path: str | Path) -> bool:
             status.st_size in _FILES
             and _digest(str(path), status.st_size, status.st_mtime_ns) == _FILES[status.st_size]
         )
-    except OSError:  # a file that cannot be read is refused by whoever loads it
+    except OSError:  # a file that cannot be read is refused by its loader
         return False
 
 

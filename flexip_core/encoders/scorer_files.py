@@ -1,4 +1,4 @@
-"""Which image encoder a file is for the purpose of scores: how to build it, how it wants its pictures, and whether its
+"""Which image encoder a file is, for scores: how to build it, how it wants its pictures, and whether its
 scores can be compared with published ones.
 
 A file's tensors do not tell three things, which are decided here:
@@ -10,7 +10,7 @@ A file's tensors do not tell three things, which are decided here:
   half precision this cannot be seen (and one that was converted back to float32 misleads); it is taken for OpenAI's,
   which its note says. All other sizes: GELU.
 - DINO v1's training: other plain vision transformers have the same shapes. Files with a classifier or a pooler, which
-  DINO's have not, are refused.
+  DINO's do not have, are refused.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _OPENAI = {_OPENAI_B32, (768, 12, 16, 196, 512), (1024, 24, 14, 256, 768), (1024
 _CLIP_REMARKS = {
     True: "",
     None: "The file is stored in half precision, which hides whose weights they are: they are taken for OpenAI's.",
-    False: "Its weights are not OpenAI's: they are run with GELU, as LAION's and DataComp's want it, not with QuickGELU, "
-    "as MetaCLIP's and DFN's would.",
+    False: "Its weights are not OpenAI's: they are run with GELU, as LAION's and DataComp's need, not with QuickGELU, "
+    "as MetaCLIP's and DFN's would need.",
 }
 # What adapters usually read (IP-Adapter: ViT-H and bigG; FlexIP by default: ViT-H and DINOv2 ViT-L): kind, width, layers, patch
 _USUALLY_READ = {("clip", 1280, 32, 14), ("clip", 1664, 48, 14), ("dino", 1024, 24, 14)}
@@ -110,7 +110,7 @@ class ScorerFile:
 
 
 class Unsuited(ValueError):
-    """A file that cannot score. `found` says what it is, for whoever wants an encoder for something else than scores."""
+    """A file that cannot score. `found` says what it is, for whoever wants an encoder for something other than scores."""
 
     def __init__(self, found: str, advice: str):
         super().__init__(f"{found}; {advice}.")
@@ -176,11 +176,11 @@ def dino_scorer(name: str, path: str | Path) -> ScorerFile:
     if file is None or file.shape.kind != "dino":
         raise Unsuited(f"{name} is {_what(header, file)}, not a DINO", choose)
     shape, tensors = file.shape, layouts.converted_shapes(header, file)
-    second = "blocks.0.ls1.gamma" in tensors  # layer scale: DINOv2 has it, DINO has not
+    second = "blocks.0.ls1.gamma" in tensors  # layer scale: DINOv2 has it, DINO does not
     if "cls_token" not in tensors or not shape.positions or not (second or shape.patch in (8, 16)):
         raise Unsuited(f"{name} is {describe(file)}, not a DINO", choose)
     if not second and (extra := _supervised(header, file)):
-        raise Unsuited(f"{name} has a {extra}, which DINO's files have not", choose)
+        raise Unsuited(f"{name} has a {extra}, which DINO's files do not have", choose)
     if shape.width % 64 or _DINO_CROP % shape.patch:
         raise Unsuited(f"{name} is {describe(file)}, an unusual size", choose)
     model = "vit_small_patch16_224.dino"  # any size: args override it
@@ -199,7 +199,9 @@ def dino_scorer(name: str, path: str | Path) -> ScorerFile:
     title = f"{family} {vit.removeprefix('DINOv2 ').removeprefix('vision transformer ')}"
     title += f" with {shape.registers} registers" if shape.registers else ""
     standard = not second and (shape.width, shape.depth, shape.mlp, shape.patch) == (384, 12, 1536, 16)
-    remark = "" if second else "It is told by its shapes and by having no classifier: make sure that it is DINO's."
+    remark = (
+        "" if second else "It is recognised by its shapes and by having no classifier: make sure that it is DINO's."
+    )
     return ScorerFile(name, Path(path), file, encoder, title, standard, remark, resize=_DINO_RESIZE, crop=_DINO_CROP)
 
 
@@ -233,7 +235,7 @@ def embed(tower: towers.ClipTower | towers.DinoTower, pixels: Tensor) -> Tensor:
 
 
 def prepare(scorer: ScorerFile, pictures: Tensor) -> Tensor:
-    """Pictures (b, h, w, 1 | 3 | 4) in 0..1 -> normalised pixels (b, 3, crop, crop) on the CPU, as the encoder's authors do it."""
+    """Pictures (b, h, w, 1 | 3 | 4) in 0..1 -> normalised pixels (b, 3, crop, crop) on the CPU, as the encoder's authors do."""
     squares = torch.stack([crop.prepare(picture, None, "center", scorer.resize) for picture in pictures])
     edge = (scorer.resize - scorer.crop) // 2
     squares = squares[:, edge : edge + scorer.crop, edge : edge + scorer.crop]

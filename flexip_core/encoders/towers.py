@@ -1,6 +1,6 @@
 """The image towers: open_clip's and timm's own classes, built from a config and filled from a weight file.
 
-Nothing is ever downloaded and open_clip and timm are imported on first use only. Towers are built on the meta device
+Nothing is ever downloaded, and open_clip and timm are imported only on first use. Towers are built on the meta device
 and take over the file's tensors, so a ViT-H costs the memory of its weights once and no initialisation.
 """
 

@@ -83,7 +83,7 @@ def load_checkpoint(path: str | os.PathLike, operations: Any = nn) -> FlexIPNetw
 
 
 def read_config(header: Header) -> FlexIPConfig:
-    """What the file says of its network; ValueError in one sentence for anything but a whole FlexIP checkpoint of this format."""
+    """What the file says about its network; ValueError in one sentence for anything but a whole FlexIP checkpoint of this format."""
     name, again = name_of(header.path), "Download or export it again."
     version = header.metadata.get(FORMAT_KEY)
     if version is None:
@@ -121,7 +121,7 @@ def _parsed(text: str) -> Any:
     except (ValueError, RecursionError):
         raise ValueError(f"its metadata {CONFIG_KEY!r} is not JSON") from None
     if deeper_than(data, 5):  # config, encoder, its settings, a list in them
-        raise ValueError(f"its metadata {CONFIG_KEY!r} is nested too deep")
+        raise ValueError(f"its metadata {CONFIG_KEY!r} is nested too deeply")
     return data
 
 
@@ -130,14 +130,12 @@ def _check_sane(cfg: FlexIPConfig, tensors: int) -> None:
     numbers = (cfg.text_width, cfg.clip.width, cfg.dino.width, cfg.detail_tokens, cfg.semantic_tokens, cfg.cls_tokens)
     sizes = (*numbers, *cfg.blocks.values(), *dataclasses.astuple(cfg.resampler))
     if max(sizes) > _LARGEST:
-        raise ValueError(
-            f"its config has the number {one_line(max(sizes), 20)}, and {_LARGEST} is the largest possible"
-        )
+        raise ValueError(f"its config has the number {one_line(max(sizes), 20)}, and {_LARGEST} is the largest allowed")
     if max(cfg.resampler.depth, len(cfg.blocks)) > tensors:
-        raise ValueError(f"its config describes more layers than its {tensors} tensors can be")
+        raise ValueError(f"its config describes more layers than its {tensors} tensors can make up")
     for text in (cfg.base, cfg.clip.model, cfg.dino.model):
         if text != one_line(text, 200) or not text:
-            raise ValueError(f"{one_line(text, 40)!r} in its config is no name for a base or an encoder")
+            raise ValueError(f"{one_line(text, 40)!r} in its config is not the name of a base or an encoder")
     for address in cfg.blocks:
         if not _ADDRESS.fullmatch(address):
             raise ValueError(f"its config names a block {one_line(address, 40)!r}, expected one like 'input.1.0'")

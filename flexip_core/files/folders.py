@@ -1,4 +1,4 @@
-"""What lies in other people's folders beside what they mean: one rule for hidden and system files, one for masks beside pictures."""
+"""What lies in other people's folders besides their pictures: one rule for hidden and system files, one for masks beside pictures."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _SYSTEM = {
     "#recycle",
     "#snapshot",
 }
-# FlexIP's own, and OneTrainer's (white = trained): the meaning is sure. Others may mean the ground by white.
+# FlexIP's own, and OneTrainer's (white = trained): the meaning is certain. In others, white may mean the background.
 _MASKS = (".mask", "-masklabel")
 _SOME_MASK = re.compile(r"(.+?)(?:[._ -]mask(?:label)?)", re.IGNORECASE | re.DOTALL)
 
 
 def is_system(name: str) -> bool:
-    """Whether a file or folder of this name belongs to a system or a tool, so that nobody means it."""
+    """Whether a file or folder of this name belongs to a system or a tool, so that it is not the user's data."""
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
@@ -41,7 +41,7 @@ def any_system(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Masks:
-    """Of one folder: file -> its mask, and the files that are masks of another one but of unsure meaning."""
+    """Of one folder: file -> its mask, and the files that are masks of another one but of uncertain meaning."""
 
     of: dict[str, str]
     left_out: tuple[str, ...]
@@ -54,7 +54,7 @@ def masks(names: Iterable[str], pictures: tuple[str, ...], also: tuple[str, ...]
     """Which of the files of one folder are masks of others there: `pictures` and `also` (of clips) are endings in lower case.
 
     A picture is a mask if its name without ending is that of another one plus `.mask`, `-masklabel`, `_mask`, `-mask` or the like,
-    in any letter case. Without that other one it is a picture, except that `.mask` always is a mask.
+    in any letter case. Without that other one it is a picture, but `.mask` is always a mask.
     """
     parts = {name: os.path.splitext(name) for name in names}
     shown = {name: stem for name, (stem, ending) in parts.items() if ending.lower() in (*pictures, *also)}

@@ -72,7 +72,7 @@ FAMILIES = (
     ),
     Family("full face", ("ip-adapter-full-face_sd15",), "proj.3.weight", "penultimate", "zero pixels"),
 )
-# CLIP image towers by (token width, embedding width), and the one that a file means when it shows only one of the two.
+# CLIP image towers by (token width, embedding width), and the one that is meant when a file shows only one of the two.
 TOWERS = {(1280, 1024): "ViT-H-14", (1664, 1280): "ViT-bigG-14", (1024, 768): "ViT-L-14-quickgelu"}
 
 
@@ -130,7 +130,7 @@ class IPAdapterFile:
 
 
 def recognise(shapes: Shapes) -> IPAdapterFile | None:
-    """None if it is no IP-Adapter; else a sentence without the file's name: Unsupported, or ValueError for a broken file."""
+    """None if it is not an IP-Adapter; otherwise a sentence without the file's name: Unsupported, or ValueError for a broken file."""
     try:
         return _recognise(shapes)
     except KeyError as error:
@@ -165,7 +165,7 @@ def _recognise(shapes: Shapes) -> IPAdapterFile | None:
             _check_sizes(named)
             return IPAdapterFile(family, base, text_width, blocks, _tower(family, width), width, unwrapped)
     raise Unsupported(
-        f"is an IP-Adapter ({family.name}) with {len(pairs)} cross-attentions and text {text_width} wide; FlexIP runs those for "
+        f"is an IP-Adapter ({family.name}) with {len(pairs)} cross-attentions and text width {text_width}; FlexIP runs those for "
         "SD1.5 (16, 768) and SDXL (70, 2048)"
     )
 

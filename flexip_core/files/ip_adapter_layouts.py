@@ -1,4 +1,4 @@
-"""The wrappings in which people have IP-Adapters: their keys under the published names, and files that need another pack.
+"""The forms in which IP-Adapter files exist: their keys under the published names, and files that need another pack.
 
 The published names are `image_proj.*` and `ip_adapter.<1, 3, 5, ...>.to_k_ip.weight`, `to_v_ip.weight`. Sources of the others:
 tencent-ailab/IP-Adapter, tutorial_train.py (`image_proj_model`, `adapter_modules` and `unet` side by side; accelerate's
@@ -41,12 +41,12 @@ _DIFFUSERS_FULL = ((r"^ff\.net\.0\.proj\.", "proj.0."), (r"^ff\.net\.2\.", "proj
 
 
 class Unsupported(ValueError):
-    """A file that is whole, but for something that FlexIP does not run."""
+    """A whole file, but of a kind that FlexIP does not run."""
 
 
 @dataclass(frozen=True)
 class Unwrapped:
-    """`names`: published name -> the file's key. `wrapping` is "" for a published file, else words for people."""
+    """`names`: published name -> the file's key. `wrapping` is "" for a published file, otherwise a description for people."""
 
     names: dict[str, str]
     wrapping: str
@@ -136,7 +136,7 @@ def check_all_used(unwrapped: Unwrapped, used: Iterable[str]) -> None:
 
 
 def check_not_empty(unwrapped: Unwrapped, keys: Iterable[str]) -> None:
-    """For a file without any to_k_ip: one that holds nothing else is an IP-Adapter whose conversion failed."""
+    """For a file without any to_k_ip: if it holds nothing else, it is an IP-Adapter whose conversion failed."""
     taken = set(unwrapped.names.values())
     if taken and all(key in taken or key.startswith(("unet.", "module.unet.")) for key in keys):
         raise Unsupported(

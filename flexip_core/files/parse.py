@@ -1,4 +1,4 @@
-"""JSON and TOML that anybody may have written: whatever is wrong with a text, it is one ValueError."""
+"""JSON and TOML that anybody may have written: whatever is wrong with a text, it raises one ValueError."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Unreadable(ValueError):
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Unreadable, half a sentence, for text that is no JSON, is nested too deep, or holds numbers beyond 64 bits."""
+    """Unreadable, half a sentence, for text that is not JSON, is nested too deeply, or holds numbers beyond 64 bits."""
     try:
         return json.loads(text, parse_int=_whole)
     except RecursionError:
-        raise Unreadable("it is nested too deep") from None
+        raise Unreadable("it is nested too deeply") from None
     except UnicodeDecodeError:
         raise Unreadable("it is not text in UTF-8") from None
     except ValueError as error:
@@ -27,7 +27,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, most: int = 2**28) -> Any:
-    """As `parse_json`, from a file of at most so many bytes. OSError where it cannot be read."""
+    """As `parse_json`, from a file of at most `most` bytes. OSError where it cannot be read."""
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -36,7 +36,7 @@ def read_json(path: Path, most: int = 2**28) -> Any:
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
-    """`name` begins the sentence about text that is no TOML, is nested too deep, or holds numbers beyond 64 bits."""
+    """`name` begins the sentence about text that is not TOML, is nested too deeply, or holds numbers beyond 64 bits."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -46,7 +46,7 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
         _check_ints(data)
         return data
     except RecursionError:
-        raise ValueError(f"{name} is not a TOML file: it is nested too deep.") from None
+        raise ValueError(f"{name} is not a TOML file: it is nested too deeply.") from None
     except ValueError as error:
         raise ValueError(f"{name} is not a TOML file: {error}.") from None
 

@@ -1,12 +1,12 @@
-"""A look through a torch.save file's pickle before torch reads it: nothing is built, and every claimed size is checked.
+"""Looks through a torch.save file's pickle before torch reads it: nothing is built, and every claimed size is checked.
 
-What this guards is memory. Against code torch's own loader is guard enough: `weights_only` runs none. But it allocates what a
+What this guards is memory. Against code, torch's own loader is guard enough: `weights_only` runs none. But it allocates what a
 pickle claims, before it looks at what the file holds: storages of any size in the old format, tensors
 larger than their storage, `torch.Tensor(2**40)`. Only what plain weights need passes here; the opcodes are those that torch
 reads, so that both read the same. For the same reason a zipped file must be packed in the one way that torch and Python's
 zipfile, which is used here, cannot understand differently.
 
-It leans on `pickle._Unpickler`, the reader in Python that CPython keeps beside the one in C, which is no public name. Run on
+It relies on `pickle._Unpickler`, the reader in Python that CPython keeps beside the one in C, which is not a public name. Run on
 CPython 3.10.13, 3.11.7, 3.12.1 and 3.13.0: whole files pass in both formats, false sizes and foreign names are refused; all its
 tests run on 3.11.
 """
@@ -49,7 +49,7 @@ _PICKLE = "data.pkl"  # its name in a zipped file, in the one folder at the top
 
 
 class NotPlain(ValueError):
-    """Something besides weights."""
+    """Something other than weights."""
 
 
 class FalseSize(ValueError):
@@ -94,7 +94,7 @@ def scan_zip(path: Path) -> None:
 
 
 def _names_are_clear(names: list[str], folder: str) -> bool:
-    """Torch looks into the folder of the first entry, without regard to case, and takes one of several equal names."""
+    """Torch looks into the folder of the first entry, ignoring case, and takes one of several equal names."""
     inside = [name.removeprefix(folder).lower() for name in names if name.startswith(folder)]
     pickles = [name for name in inside if name.endswith(_PICKLE)]
     return (
@@ -105,7 +105,7 @@ def _names_are_clear(names: list[str], folder: str) -> bool:
 
 
 def _ends_after_its_list(file: BinaryIO) -> bool:
-    """The list of entries stands where the end of the file says, with nothing in between or behind.
+    """The list of entries stands where the end of the file says, with nothing in between or after it.
 
     Python's zipfile takes what is right before the end for the list, torch what the end points to.
     """
@@ -148,7 +148,7 @@ class _Codes(dict):
         raise NotPlain
 
 
-class _Scan(pickle._Unpickler):  # the one in C allocates by what numbers in the file claim
+class _Scan(pickle._Unpickler):  # the one in C allocates as much as numbers in the file claim
     dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _CODES}
 
     def __init__(self, file: Any) -> None:

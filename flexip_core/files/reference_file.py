@@ -83,7 +83,7 @@ def load_reference(path: str | os.PathLike) -> Reference:
 
 @contextmanager
 def _problems(subject: str, advice: str) -> Iterator[None]:
-    """Makes a message for people of what a check below finds wrong."""
+    """Turns what a check below finds wrong into a message for people."""
     try:
         yield
     except ValueError as error:
@@ -108,13 +108,13 @@ def _checked_format(path: Path) -> Header:
 
 def _read_needs(text: str) -> tuple[FeatureNeed, ...]:
     if len(text) > _LONGEST_JSON:
-        raise ValueError(f"its metadata {NEEDS_KEY!r} is {len(text)} characters long, the limit is {_LONGEST_JSON}")
+        raise ValueError(f"its metadata {NEEDS_KEY!r} is {len(text)} characters long, and the limit is {_LONGEST_JSON}")
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError(f"its metadata {NEEDS_KEY!r} is not JSON") from None
     if deeper_than(data, 5):  # list, need, encoder, its settings, a list in them
-        raise ValueError(f"its metadata {NEEDS_KEY!r} is nested too deep")
+        raise ValueError(f"its metadata {NEEDS_KEY!r} is nested too deeply")
     if not isinstance(data, list) or not data:
         raise ValueError(f"its metadata {NEEDS_KEY!r} does not list what the reference was encoded for")
     needs = tuple(FeatureNeed.from_dict(entry, f"{NEEDS_KEY}[{number}]") for number, entry in enumerate(data))
@@ -128,7 +128,7 @@ def _read_needs(text: str) -> tuple[FeatureNeed, ...]:
 def _check_need(need: FeatureNeed) -> None:
     for text in (need.name, need.encoder.model):
         if text != one_line(text, 200) or not text:
-            raise ValueError(f"{text[:40]!r} is no name for a feature or an encoder")
+            raise ValueError(f"{text[:40]!r} is not the name of a feature or an encoder")
     if need.kind not in _KINDS:
         raise ValueError(f"{need.name} is of kind {need.kind!r}, expected one of {', '.join(_KINDS)}")
     if not isinstance(need.encoder, _KINDS[need.kind][0]):
@@ -158,10 +158,12 @@ def _check_layout(
             raise ValueError(f"tensor {key} is stored as {dtypes[key]}, expected one of {', '.join(_DTYPES)}")
     pictures = sorted({shapes[key][0] for key in expected})
     if len(pictures) > 1:
-        raise ValueError(f"its tensors are of {' and '.join(map(str, pictures))} pictures, expected one number")
+        raise ValueError(
+            f"its tensors are for {' and '.join(map(str, pictures))} pictures, expected the same number for all"
+        )
     size = sum(math.prod(shapes[key]) * _DTYPES[dtypes[key]] for key in expected)
     if size > LARGEST:
-        raise ValueError(f"it holds {size / 2**30:.1f} GB of features, and {LARGEST / 2**30:g} GB are the limit")
+        raise ValueError(f"it holds {size / 2**30:.1f} GB of features, and the limit is {LARGEST / 2**30:g} GB")
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:

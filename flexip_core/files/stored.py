@@ -42,7 +42,7 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def first_parts(names: list[str]) -> list[str]:
-    """Of each set of parts only the first that is there; all other names as they are."""
+    """Of each set of parts, only the first one that is there; all other names as they are."""
     found: dict[str, str] = {}
     for name in names:
         match = _PART.fullmatch(name)
@@ -74,7 +74,7 @@ def aside(keys: Mapping[str, object], scaled: Mapping[str, str]) -> set[str]:
 
 
 def multiplied(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float8 (rows, ...) * scale () or (rows,) or (rows, 1) -> float32, of which nothing is lost"""
+    """float8 (rows, ...) * scale () or (rows,) or (rows, 1) -> float32, with nothing lost"""
     scale = scale.float()
     return weight.float() * (scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * (weight.ndim - 1)))
 

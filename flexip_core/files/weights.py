@@ -69,7 +69,7 @@ class Header:
 def read_header(path: str | Path) -> Header:
     """Names, shapes and dtypes of all tensors in a weight file, without reading the tensors.
 
-    Reads safetensors and torch.save files, and for one part of a model the whole set of parts. Scales of float8 weights are no
+    Reads safetensors and torch.save files, and for one part of a model the whole set of parts. Scales of float8 weights are not
     tensors of their own here: `read_tensors` multiplies them out. Raises ValueError, one sentence naming the file, if it is not a whole,
     plain weight file.
     """
@@ -146,7 +146,7 @@ def _merged(path: Path, headers: list[Header]) -> Header:
 def read_weights(path: str | Path, keys: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
     """As `read_tensors`, for tensors that a network computes with: all must be finite decimal numbers.
 
-    Looking at all of them costs a tenth of a second per GB, beside reading the file.
+    Looking at all of them costs a tenth of a second per GB, in addition to reading the file.
     """
     tensors = read_tensors(path, keys)
     for key, tensor in tensors.items():
@@ -177,7 +177,7 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def sha256(file: BinaryIO) -> str:
-    """Of all that is left in an open file, in hex."""
+    """Of everything that is left in an open file, in hex."""
     digest = hashlib.sha256()
     while block := file.read(2**20):
         digest.update(block)
@@ -239,7 +239,7 @@ def is_safetensors(path: Path) -> bool:
         if path.is_dir():
             raise _bad(path, "is a folder, a weight file (.safetensors) is needed; choose a file inside it")
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait forever
             raise _bad(path, "is not a file, a weight file (.safetensors) is needed; choose another one")
         size = status.st_size
         with path.open("rb") as file:
@@ -286,7 +286,7 @@ def _safetensors_header(path: Path) -> Header:
         if _LONGEST_HEADER < length <= size:
             raise _bad(
                 path,
-                f"has a header of {length} bytes, {_LONGEST_HEADER} are the most; choose a file with fewer tensors",
+                f"has a header of {length} bytes, and {_LONGEST_HEADER} are the limit; choose a file with fewer tensors",
             )
         if begin > size:
             raise _bad(
@@ -314,7 +314,7 @@ def _safetensors_header(path: Path) -> Header:
 
 
 def _refusal(error: str, size: int) -> str:
-    """What the safetensors library has found, in our words. It checks that every byte belongs to one tensor, whose shape fits."""
+    """What the safetensors library has found, in our own words. It checks that every byte belongs to one tensor, whose shape fits."""
     if tensor := re.search(r"offset for tensor `(.*)`", error):
         return f"is damaged: tensor {one_line(tensor[1], 80)!r} overlaps another one or leaves a gap before it"
     if "not fully covered" in error:
@@ -337,7 +337,7 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     except NotPlain:
         raise _bad(
             path,
-            "contains Python objects besides weights, which could run code, so it was not opened; "
+            "contains Python objects other than weights, which could run code, so it was not opened; "
             "use a .safetensors version of it",
         ) from None
     except NotAsTorchPacks:
@@ -397,11 +397,11 @@ def _scan_legacy(path: Path) -> None:
 def _flatten(
     path: Path, data: Any, prefix: str, depth: int, count: Iterator[int]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of nested dicts under dotted names; step counters, optimizer settings and the like are passed over."""
+    """Tensors of nested dicts under dotted names; step counters, optimizer settings and the like are skipped."""
     if not isinstance(data, dict):
         return
     if depth > _DEEPEST_NESTING:
-        raise _bad(path, "nests its tensors too deep for a weight file; use a .safetensors version of it")
+        raise _bad(path, "nests its tensors too deeply for a weight file; use a .safetensors version of it")
     for key, value in data.items():
         if next(count) > _MOST_ENTRIES:
             raise _bad(path, f"has more than {_MOST_ENTRIES} entries; use a .safetensors version of it")

@@ -2,7 +2,7 @@
 
 For the tokens of the adapters a map is the size of what the group adds at each place: the norm over the channels of
 sum_{j in group} a_j V_j, with gate, strength and masks, in units of what the text's own attention adds on average in that block.
-The attention a_j alone would not do: in gate mode `outputs` the tokens of an adapter share a softmax of their own, so that their
+The attention a_j alone would not be enough: in gate mode `outputs` the tokens of an adapter share a softmax of their own, so that their
 attention sums to 1 everywhere, whatever the gate. For words it is the attention that the text's softmax gives to their tokens.
 
 Shape legend: b rows of a UNet call, n image tokens (gh * gw), t text tokens, m adapter tokens, c channels, g groups of tokens,
@@ -121,7 +121,7 @@ def _repeated(word: Sequence[int], period: int, count: int) -> list[int]:
 
 
 def _parts(run: LinkRun, block: Block) -> Iterator[tuple[str, Branch, int, int]]:
-    """Which tokens of a link's branches are whose: (adapter, branch, first token, tokens), in the order of gated_branches."""
+    """What each token of a link's branches belongs to: (adapter, branch, first token, tokens), in the order of gated_branches."""
     network, depth = run.link.network, run.link.depth
     branches = block.branches.get((run.position, block.address), ())
     if network.gate_mode == "tokens":  # both adapters in one branch

@@ -1,4 +1,4 @@
-"""Scores of generated pictures: how near to a reference (CLIP-I, DINO-I), how near to the prompt (CLIP-T).
+"""Scores of generated pictures: how close to a reference (CLIP-I, DINO-I), how close to the prompt (CLIP-T).
 
 All are cosines of encoder outputs. Several references, or several views of one, count equally: the mean over all pairs.
 """
@@ -89,7 +89,7 @@ def by_gate(values: Sequence[float], gates: Sequence[float]) -> list[AtGate]:
 
 
 def report(scores: Sequence[Score], gates: Sequence[float] = ()) -> str:
-    """All in words: the means (a node on the page shows two or three lines), then who made them, then every gate or picture."""
+    """Everything in words: the means (a node on the page shows two or three lines), then what made them, then every gate or picture."""
     found = [score for score in scores if score.available]
     count = len(found[0].values) if found else 0
     means = ", ".join(
@@ -127,7 +127,7 @@ def plot(scores: Sequence[Score], gates: Sequence[float] = ()) -> Tensor | None:
     """
     found = [score for score in scores if score.available]
     panels = [[s for s in found if s.name != CLIP_T], [s for s in found if s.name == CLIP_T]]
-    titles = ("nearness to the reference", "nearness to the prompt")
+    titles = ("closeness to the reference", "closeness to the prompt")
     drawn = [
         line_plot(
             [_series(score, gates) for score in panel],

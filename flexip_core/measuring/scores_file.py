@@ -68,18 +68,18 @@ def write(path: Path, scores: Scores) -> None:
 
 
 def read(path: Path) -> Scores:
-    """ValueError, one sentence with the file's name, if it is no such file."""
+    """ValueError, one sentence with the file's name, if it is not such a file."""
     try:
         data = read_json(path)
         if data["format"] != FORMAT:
-            raise ValueError(f"{path} has the format {data['format']}, this version reads {FORMAT}; score again.")
+            raise ValueError(f"{path} has the format {data['format']}, and this version reads {FORMAT}; score again.")
         rows = tuple(Row(**row) for row in data["rows"])
         parts = {name: data[name] for name in ("method", "header", "columns", "missing")}
     except FileNotFoundError:
         raise ValueError(f"There is no file {path}; make one with the command score.") from None
     except (KeyError, TypeError, Unreadable) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is no file of scores ({reason}); make one with the command score.") from None
+        raise ValueError(f"{path} is not a file of scores ({reason}); make one with the command score.") from None
     features = _features_file(path)
     tensors = read_tensors(features)[FEATURES] if features.is_file() else None
     if tensors is not None and len(tensors) != len(rows):

@@ -35,7 +35,7 @@ def _ranks(curves: Tensor) -> Tensor:
 
 
 def interpolated(values: Tensor, places: Tensor, at: Tensor) -> Tensor:
-    """values (g, ...) of the gates at `places` (g,) -> (len(at), ...), straight between them and level beyond the ends"""
+    """values (g, ...) of the gates at `places` (g,) -> (len(at), ...), straight between them and constant beyond the ends"""
     right = torch.searchsorted(places, at, right=True).clamp(1, len(places) - 1)
     share = ((at - places[right - 1]) / (places[right] - places[right - 1])).clamp(0, 1)
     return torch.lerp(values[right - 1], values[right], share.to(values.dtype).view(-1, *[1] * (values.dim() - 1)))

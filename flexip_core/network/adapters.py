@@ -32,14 +32,14 @@ class PreservationAdapter(nn.Module):
 
     def forward(self, cls: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """cls (r, clip width), patches (r, p, dino width) -> [semantic ; detail] (r, semantic + detail, w)."""
-        # a bare Parameter stays behind on the CPU under ComfyUI's partial load, so it follows its input
+        # a bare Parameter stays on the CPU under ComfyUI's partial load, so it is moved to its input
         queries = self.queries.to(patches).expand(patches.shape[0], -1, -1)
         semantic = self.cls_in(cls).unflatten(1, (-1, queries.shape[2]))
         return torch.cat([self.semantic(semantic, patches), self.detail(queries, patches)], dim=1)
 
 
 class PersonalizationAdapter(nn.Module):
-    """Follows the prompt: each text token asks the CLIP [CLS] what it may take from the reference."""
+    """Follows the prompt: each text token asks the CLIP [CLS] what to take from the reference."""
 
     def __init__(self, cfg: FlexIPConfig, operations: Any = nn, **factory: Any):
         super().__init__()
@@ -147,7 +147,7 @@ class FlexIPNetwork(nn.Module):
 
     @torch.no_grad()
     def init_from_text(self, projections: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Start from the UNet's own text to_k, to_v per block address (what trains best in public recipes)."""
+        """Start from the UNet's own text to_k, to_v per block address (the start that trains best in public recipes)."""
         for address in self.cfg.blocks:
             to_k, to_v = projections[address]
             for name in ADAPTERS:

@@ -1,8 +1,8 @@
 """Reference pictures for the encoders: one square of `size` pixels, however the picture was shaped. Torch, on the CPU.
 
 What is decided here:
-- Neutral ground (borders of "pad" and "subject", what lies behind transparent pixels) is mid grey: it is near every
-  encoder's mean colour, and unlike that the same for both encoders.
+- The neutral ground (borders of "pad" and "subject", what lies behind transparent pixels) is mid grey: it is close to every
+  encoder's mean colour and, unlike that colour, the same for both encoders.
 - An alpha channel is blended onto the neutral ground, because the colour of a transparent pixel is arbitrary. It is
   also the subject mask, unless a mask is wired.
 - A wired mask only steers the crop "subject". It never changes pixels; "center", "pad" and "squash" do not look at it.
@@ -29,11 +29,11 @@ _LONGEST_STRIP = 16
 def prepare(image: Tensor, mask: Tensor | None, crop: str, size: int) -> Tensor:
     """One picture (h, w, 1 | 3 | 4) in 0..1 -> (size, size, 3) in 0..1, float32 on the CPU.
 
-    center: short side scaled to `size`, middle cut out, as ComfyUI does it. pad: the whole picture on neutral ground.
+    center: short side scaled to `size`, middle cut out, as ComfyUI does. pad: the whole picture on neutral ground.
     squash: the whole picture, the only crop that changes its proportions. subject: a square around `mask` (or the
-    alpha channel) with a margin, inside the picture where possible, else on neutral ground. `mask` is a ComfyUI MASK
+    alpha channel) with a margin, inside the picture where possible, otherwise on neutral ground. `mask` is a ComfyUI MASK
     of 2 to 4 dimensions, 1 = subject, of any size (it is stretched to the picture); several are joined.
-    ValueError, one sentence, for anything that is no picture or mask, and for "subject" without a subject.
+    ValueError, one sentence, for anything that is not a picture or mask, and for "subject" without a subject.
     """
     if crop not in CROPS:
         raise ValueError(f"The crop {crop!r} is unknown; choose {', '.join(CROPS)}.")
@@ -168,7 +168,7 @@ def _subject_box(subject: Tensor | None, height: int, width: int) -> tuple[int, 
 
 
 def _start(center: float, side: int, length: int) -> int:
-    """Where a span of `side` begins that is centred on the subject and then moved into the picture if it can be."""
+    """Where a span of `side` begins that is centred on the subject and then moved into the picture if possible."""
     if side > length:
         return (length - side) // 2
     return min(max(round(center - side / 2), 0), length - side)

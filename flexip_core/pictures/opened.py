@@ -32,7 +32,7 @@ class TooLarge(ValueError):
 
 
 def open_picture(file: BinaryIO | str | Path) -> Image.Image:
-    """Not decoded yet. TooLarge for more than MOST_PIXELS; PIL's exceptions for what is no picture."""
+    """Not decoded yet. TooLarge for more than MOST_PIXELS; PIL's exceptions for what is not a picture."""
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (70, 70, 70))
-"""Okabe and Ito's colours: as different for colour-blind eyes as for others."""
+"""Okabe and Ito's colours: as distinct for colour-blind eyes as for others."""
 PAPER, INK, FAINT, GRID, MARK = (255, 255, 255), (30, 30, 30), (95, 95, 95), (218, 218, 218), (125, 125, 125)
 BAND = 60  # opacity of a spread, of 255
 X_TICKS, Y_TICKS = 10, 7  # at most, where there is room
@@ -21,7 +21,7 @@ FINE = 3  # drawn this many times larger, then averaged down: lines and letters 
 
 @dataclass(frozen=True)
 class Series:
-    """One line. A value that is no number leaves a gap; `spread` is a (lower, upper) band per point; `points` draws dots."""
+    """One line. A value that is not a number leaves a gap; `spread` is a (lower, upper) band per point; `points` draws dots."""
 
     name: str
     xs: Sequence[float]
@@ -186,7 +186,7 @@ class Canvas:
         return ticks(*y_range, most=max(2, min(Y_TICKS, int(room / (1.6 * self.line)))))
 
     def x_ticks(self, x_range: tuple[float, float], room: float, whole: bool) -> list[tuple[float, str]]:
-        """As many as stand beside each other with air between them."""
+        """As many as fit beside each other with space between them."""
         for most in range(X_TICKS, 1, -1):
             found = ticks(*x_range, most, whole)
             if sum(self.width(text) + 1.2 * self.letter for _, text in found) <= room:

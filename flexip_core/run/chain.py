@@ -13,7 +13,7 @@ from .reference import Reference, ReferenceSet, Shared
 from .schedule import GateBatch, GateCurve
 
 Gates = tuple[float, ...] | GateCurve | GateBatch
-"""γ: one number, one per row of the batch, along the sampling, or along the batch whatever its size."""
+"""γ: one number, one per row of the batch, over the sampling, or over a batch of any size."""
 View = tuple[tuple[int, ...], tuple[int, ...]]
 """The latent's rows and columns that a UNet call shows (the whole latent, an area, a tile, a context window)."""
 Branches = dict[tuple[int, str], tuple[Branch, ...]]
@@ -23,7 +23,7 @@ Branches = dict[tuple[int, str], tuple[Branch, ...]]
 class Row(NamedTuple):
     entry: int  # which conditioning of the run: an index into LinkRun.conditionings
     item: int  # which row of the batch
-    view: View | None = None  # which part of the latent the call shows; None: unknown, or of no interest
+    view: View | None = None  # which part of the latent the call shows; None: unknown, or not needed
 
 
 class Call(NamedTuple):
@@ -97,7 +97,7 @@ class Setting:
     """What a run needs to know of the model and the latent."""
 
     batch: int = 1
-    copies: int = 1  # of a sweep: the batch holds the latents that many times over
+    copies: int = 1  # of a sweep: the batch holds the latents this many times
     height: int = 0  # of the latent
     width: int = 0
     levels: Mapping[str, int] = field(default_factory=dict)  # block address -> how often its image is halved
@@ -105,7 +105,7 @@ class Setting:
 
     @property
     def latents(self) -> int:
-        """How many latents there are; all that goes along the batch starts again with every copy."""
+        """How many latents there are; whatever varies over the batch starts again with every copy."""
         return self.batch // self.copies
 
     def latent(self, item: int) -> int:

@@ -1,6 +1,6 @@
 """The gate over depth: how strongly each adapter acts in each block of the UNet, as a preset or a free list of addresses.
 
-What an artist chose (BlockStrengths) is checked at once but meets a model only later: `levels` maps the model's block addresses
+What an artist chose (BlockStrengths) is checked at once, but is applied to a model only later: `levels` maps the model's block addresses
 ("input.4.0": kind, number, transformer index) to how often the latent is halved there, as unet.block_levels finds it.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ..network.adapters import ADAPTERS
 from .lists import blocks_under, split_list
 
-NODE = "FlexIPBlocks"  # named in every message: a list may fail at the node that takes it to a model
+NODE = "FlexIPBlocks"  # named in every message: a list may fail only at the node that applies it to a model
 PRESETS = ("all", "composition only", "style only", "coarse", "fine")
 LIST = "list"
 STRONGEST = 5.0
@@ -108,7 +108,7 @@ def _resolve(chosen: Spec, levels: Levels, where: str) -> dict[str, float]:
 
 
 def _by_list(entries: tuple[tuple[str, float], ...], levels: Levels, where: str) -> dict[str, float]:
-    """An entry covers every address that it begins, part by part; later entries win. `all` is for blocks that none names."""
+    """An entry covers every address that begins with it, part by part; later entries win. `all` is for blocks that no entry names."""
     strengths = dict.fromkeys(levels, dict(entries).get("all", 1.0))
     unknown = []
     for name, strength in entries:
@@ -129,7 +129,7 @@ def _half(choice: str, levels: Levels, where: str) -> set[int]:
     distinct = sorted(set(levels.values()))
     if len(distinct) < 2:
         raise ValueError(
-            f"{where} is {choice!r}, but all cross-attention blocks of this model work at one size, so there is no coarse and fine. "
+            f"{where} is {choice!r}, but all cross-attention blocks of this model work at the same size, so there is no coarse or fine half. "
             f"Choose another preset, or {LIST}."
         )
     middle = len(distinct) // 2
@@ -195,7 +195,7 @@ def _by_block(addresses: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _names(addresses: list[str], levels: Levels) -> str:
-    """A block of which every address in `levels` is there by its own name, other transformers as "input.4.0-1"."""
+    """A block with all of its addresses in `levels` by its own name, single transformers as "input.4.0-1"."""
     if len(addresses) == len(levels):
         return "every block"
     whole, names = _by_block(levels), []

@@ -1,4 +1,4 @@
-"""Lists that artists type: what separates their parts, and which blocks a name in them means."""
+"""Lists that artists type: what separates their parts, and which blocks a name in them stands for."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def split_list(text: str) -> list[str]:
 
 
 def blocks_under(name: str, addresses: Iterable[str]) -> list[str]:
-    """The block addresses that a name begins, part by part: "input.4" means "input.4.0", not "input.40.0"."""
+    """The block addresses that begin with a name, part by part: "input.4" means "input.4.0", not "input.40.0"."""
     return [address for address in addresses if f"{address}.".startswith(f"{name}.")]

@@ -1,4 +1,4 @@
-"""What a run keeps of the layouts that the UNet is called with: areas, context windows and tiles come in turns."""
+"""A cache of the most recently used values: layouts of UNet calls, which come in turns with areas, context windows and tiles."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections import OrderedDict
 from typing import Any
 
 ROOM = 512 * 2**20  # bytes
-ENTRY = 4096  # bytes that a value takes at least, with its key
+ENTRY = 4096  # bytes that a value and its key take at least
 
 
 class Lru:
-    """Values by key, the last used ones: `least` of them, more while they fit into ROOM bytes."""
+    """Values by key, the most recently used: at least `least` of them, more while they fit into ROOM bytes."""
 
     def __init__(self, least: int):
         self.least, self.bytes = least, 0
@@ -26,7 +26,7 @@ class Lru:
         return self._values[key][0]
 
     def make_room(self, key: Any) -> None:
-        """Before the value of `key` is made, so that there is never one more."""
+        """Called before the value of `key` is made, so that there is never one too many."""
         while key not in self._values and len(self._values) >= self.least and self.bytes > ROOM:
             _, (_, size) = self._values.popitem(last=False)
             self.bytes -= size

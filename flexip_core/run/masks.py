@@ -14,7 +14,7 @@ import torch.nn.functional as F
 def on_latent(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(m, any, any) -> (m, height, width): the mean over the pixels that a latent cell touches.
 
-    So a cell is exactly 0 (or 1) where the mask is that all over it, also where a mask is smaller than the latent.
+    So a cell is exactly 0 (or 1) where all of the mask over it is, even where the mask is smaller than the latent.
     """
     return F.interpolate(masks.unsqueeze(1), size=(height, width), mode="area").squeeze(1)
 

@@ -1,4 +1,4 @@
-"""What each conditioning of a run is to one link: whose reference, which gate, and their K and V, projected before the first step."""
+"""What each conditioning of a run means to one link: whose reference, which gate, and their K and V, projected before the first step."""
 
 from __future__ import annotations
 

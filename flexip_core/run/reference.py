@@ -22,8 +22,8 @@ COMBINE = ("concatenate", "average", "one per batch item", "one per region")
 
 
 class Shared:
-    """Its deep copy is itself: some packs copy models, conditionings and the options of a run whole, and neither weights nor
-    kept projections must follow."""
+    """Its deep copy is itself: some packs make deep copies of models, conditionings and the options of a run, and must copy
+    neither weights nor kept projections."""
 
     def __deepcopy__(self, memo: dict) -> Any:
         return self
@@ -33,13 +33,13 @@ class ProjectionCache:
     """K and V that outlive a run, on the CPU, so that another gate, strength or seed projects nothing again.
 
     Belongs to one reference and is freed with it, or with the network that made an entry. The caches of all references
-    share one budget: when they exceed `limit` bytes together, what was used longest ago goes, whosever it is.
+    share one budget: when they exceed `limit` bytes together, the least recently used goes, whichever reference it belongs to.
     """
 
     limit = 512 * 2**20
     _all: ClassVar[WeakSet[ProjectionCache]] = WeakSet()
     _clock: ClassVar[Iterator[int]] = itertools.count()
-    _lock: ClassVar[threading.Lock] = threading.Lock()  # runs may be on several threads
+    _lock: ClassVar[threading.Lock] = threading.Lock()  # runs may happen on several threads
 
     def __init__(self) -> None:
         self._entries: WeakKeyDictionary[Any, dict[Hashable, Projected]] = WeakKeyDictionary()
@@ -89,7 +89,7 @@ def kv_bytes(kv: BlockKV) -> int:
 class Reference(Shared):
     """Features by the name the adapters ask for ("cls" (r, width), "patches" (r, p, width)), r pictures of one subject.
 
-    `null` has the same names and shapes: what stands for "no reference" in the unconditional branch. Features rest on the CPU.
+    `null` has the same names and shapes: what stands for "no reference" in the unconditional branch. Features stay on the CPU.
     """
 
     features: dict[str, torch.Tensor]

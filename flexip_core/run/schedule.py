@@ -1,4 +1,4 @@
-"""Gates that are more than one number: along the sampling (GateCurve) and along the batch (GateBatch).
+"""Gates that are more than one number: over the sampling (GateCurve) and over the batch (GateBatch).
 
 A curve runs over the part of the sampling, 0 at pure noise and 1 at the finished picture, as start_percent and end_percent do.
 PercentOfSigma finds that part from the sigma of a model call, so that a curve means the same for every sampler and step count.
@@ -22,7 +22,7 @@ GRID = tuple(i / 100 for i in range(101))
 
 @dataclass(frozen=True)
 class GateCurve:
-    """The gate along the sampling: straight lines through points (percent, gate), constant before the first and after the last."""
+    """The gate over the sampling: straight lines through points (percent, gate), constant before the first and after the last."""
 
     points: tuple[tuple[float, float], ...]
     name: str
@@ -66,7 +66,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "ease out": lambda percent: 1 - (1 - percent) ** 3,
     "ease in-out": _ease_in_out,
 }
-"""How far from the first value to the second a preset is, over the part of the sampling."""
+"""How far a preset has gone from the first value to the second, over the part of the sampling."""
 PRESETS = tuple(SHAPES)
 
 
@@ -91,7 +91,7 @@ SPREADS = ("interpolate", "repeat")
 
 @dataclass(frozen=True)
 class GateBatch:
-    """The gate along the batch, for any batch size.
+    """The gate over the batch, for any batch size.
 
     "repeat": the values in turn, as ComfyUI repeats a short batch. "interpolate": the values are key frames at equal distances
     from the first latent to the last, with straight lines between them.
@@ -102,7 +102,7 @@ class GateBatch:
 
     def __post_init__(self) -> None:
         if not self.values or not all(0.0 <= value <= 1.0 for value in self.values):
-            raise ValueError(f"the gates along a batch must be one or more numbers from 0 to 1, got {self.values}.")
+            raise ValueError(f"the gates of a batch must be one or more numbers from 0 to 1, got {self.values}.")
         if self.spread not in SPREADS:
             raise ValueError(f"spread must be one of {', '.join(SPREADS)}, got {self.spread!r}.")
 
@@ -154,5 +154,5 @@ def parse_numbers(text: str, low: float, high: float, what: str, most: int = MOS
             )
         values.append(value)
     if len(values) > most:
-        raise ValueError(f"{what} are {len(values)} numbers, but at most {most} are possible. Use fewer.")
+        raise ValueError(f"{what} has {len(values)} numbers, but at most {most} are possible. Use fewer.")
     return tuple(values)

@@ -135,7 +135,7 @@ def test_settings_win_and_leave_the_rest(place):
         ('[task]\ncache = "/etc"\nprobe_cases = 2', r"settings: \[task\] cache must be a folder in ComfyUI's input"),
         ('[task]\ncache = "../x"', r"settings: \[task\] cache must be a folder in ComfyUI's input"),
         ('[task]\nfilter = "x"', r"settings must not hold \[task\] filter;"),
-        ("x = " + "[" * 3000, "the text in settings is not a TOML file: it is nested too deep"),
+        ("x = " + "[" * 3000, "the text in settings is not a TOML file: it is nested too deeply"),
         ("mix = " + "9" * 5000, "the text in settings is not a TOML file"),
         *(
             (f'[task]\ncache = "{cache}"', "is the folder of the pictures, or one lies inside")

@@ -176,7 +176,7 @@ def test_a_key_of_tuples_is_refused_before_it_is_hashed(tmp_path):
     path = tmp_path / "key.bin"
     for write in hostile.WRITERS.values():
         path.write_bytes(write(hostile.laughing_key()))
-        assert "besides weights" in refused(read_tensors, path)
+        assert "other than weights" in refused(read_tensors, path)
 
 
 # In a process of its own: the largest virtual size that it ever had tells of every allocation, also of memory never touched.
@@ -351,7 +351,7 @@ def test_a_file_of_endless_opcodes_is_refused_while_it_is_counted(tmp_path, writ
     path = tmp_path / "adapter.bin"
     for opcode, words in (
         (b"}", "describes far more than weights"),
-        (b"\x8f", "contains Python objects besides weights"),
+        (b"\x8f", "contains Python objects other than weights"),
     ):
         path.write_bytes(write(b"\x80\x04" + opcode * 1_500_000 + b"."))
         assert words in refused(read_tensors, path)

@@ -219,11 +219,11 @@ def without(shapes: public.Shapes, *keys: str) -> public.Shapes:
     [
         (
             lambda s: without(s, "ip_adapter.31.to_k_ip.weight", "ip_adapter.31.to_v_ip.weight"),
-            r"15 cross-attentions and text 768 wide.*SD1.5 \(16, 768\) and SDXL \(70, 2048\)",
+            r"15 cross-attentions and text width 768.*SD1.5 \(16, 768\) and SDXL \(70, 2048\)",
         ),
         (
             lambda s: s | {key: (*shape[:1], 1024) for key, shape in s.items() if "_ip." in key},
-            "16 cross-attentions and text 1024 wide",
+            "16 cross-attentions and text width 1024",
         ),
         (lambda s: s | {"ip_adapter.1.to_k_ip.weight": (640, 768)}, "16 cross-attentions"),
         (lambda s: without(s, "image_proj.proj_in.weight"), "has no tensor image_proj.proj_in.weight"),

@@ -493,7 +493,7 @@ def timm_vit(name="vit_small_patch16_224", **args):
     "make, words",
     [
         (clip_state, "is CLIP ViT with 14 px patches .*, not a DINO.*dino_deitsmall16_pretrain.pth"),
-        (lambda: timm_vit(num_classes=5), "has a classifier, which DINO's files have not"),
+        (lambda: timm_vit(num_classes=5), "has a classifier, which DINO's files do not have"),
         (lambda: vit_state(**{"pooler.dense.weight": torch.zeros(1)}), "has a pooler, which"),
         (lambda: vit_state("vit.", **{"classifier.weight": torch.zeros(1)}), "has a classifier"),
         (lambda: timm_vit("vit_small_patch32_224"), "not a DINO"),

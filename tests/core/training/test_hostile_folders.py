@@ -141,7 +141,7 @@ PLACES = [
 def test_damaged_json_of_an_evaluation_is_a_sentence(tmp_path, text):
     for name in ("scores.json", run_file.NAME):
         (tmp_path / name).write_text(text, encoding="latin-1")
-    with pytest.raises(ValueError, match="is no file of scores"):
+    with pytest.raises(ValueError, match="is not a file of scores"):
         scores_file.read(tmp_path / "scores.json")
     with pytest.raises(ValueError, match="is no header of a run"):
         run_file.joined(tmp_path, {})
