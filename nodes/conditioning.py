@@ -17,7 +17,7 @@ from .types import CONTROL_MENU, FlexIPGate, FlexIPReference
 
 NODE = "FlexIPConditioning"
 OWN = "flexip"  # key in the conditioning's dict
-REMINDER = "flexip_conditioning_without_apply_flexip_gate"  # key in its model_conds; the error of the error of a model that takes no extra arguments shows it
+REMINDER = "flexip_conditioning_without_apply_flexip_gate"  # key in its model_conds; the error of a model that takes no extra arguments shows it
 
 
 class FlexIPConditioning(io.ComfyNode):

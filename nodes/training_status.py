@@ -23,7 +23,7 @@ PLOT = (560, 320)
 LOOK, STOP = "look", "stop"
 MOST_PIXELS = 2**26  # of a preview
 MOST_RUNS = 20  # that are listed
-_stops: dict[Path, str | None] = {}  # runs that a prompt asked to stop, and which prompt it was it was
+_stops: dict[Path, str | None] = {}  # runs that a prompt asked to stop, and which prompt it was
 
 
 class FlexIPTrainingStatus(io.ComfyNode):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the weight files in a folder are, and whether FlexIP can use them. Run it with ComfyUI's Python:
+"""Says what the weight files in a folder are, and whether FlexIP can use them. Run it with ComfyUI's Python:
 
     python scripts/check_weights.py ComfyUI/models
 
@@ -73,7 +73,7 @@ def _check(path: Path, row: Row, wanted: list[Encoder]) -> None:
         header = read_header(path)
     except ValueError as error:
         row.what = f"not readable here: {error}"
-        # what another program wrote in its own way is no fault; a file that did not arrive whole is
+        # what another program wrote in its own way is not an error; a file that did not arrive whole is
         row.loads = "NO" if "download" in str(error) else "-"
         return
     if is_flexip(header):
@@ -159,7 +159,7 @@ def print_table(rows: list[Row]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="looked through with all its sub-folders")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="searched with all its sub-folders")
     folder = parser.parse_args(arguments).folder
     if not folder.is_dir():
         parser.error(f"{folder} is not a folder")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A picture from nothing: makes an environment with a real ComfyUI, sweeps the gate in the demo world, shows where.
+"""A picture from scratch: makes an environment with a real ComfyUI, sweeps the gate in the demo world, and says where the picture is.
 
     python3 scripts/demo.py                      # everything in .flexip/, about 7 GB, minutes the first time
     python3 scripts/demo.py --comfyui DIR        # with an installation that is already there

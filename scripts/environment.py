@@ -56,7 +56,7 @@ NO_BROWSER = "No Chromium or Chrome was found; install one (Debian and Ubuntu: a
 
 
 class SetupError(RuntimeError):
-    """Something that the user has to put right; the message says what."""
+    """Something that the user has to fix; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def download(python: Path, package: str, folder: Path, log: Path, *options: str,
         if "DO NOT MATCH THE HASHES" in log.read_text(errors="replace"):
             raise SetupError(
                 f"The download of {package} is not the file with SHA-256 {sha256} that was expected, so "
-                f"it was thrown away. Try again; if it stays, somebody changed the package."
+                f"it was thrown away. Try again; if it happens again, somebody changed the package."
             ) from None
         raise error
     finally:
@@ -249,14 +249,16 @@ def extract(archive: Path, prefix: str, target: Path) -> None:
 
 
 def find_installation(folder: Path) -> tuple[Path, Path]:
-    """An existing ComfyUI's own folder and its Python; `folder` may also be the Windows portable build's top folder."""
+    """The folder and the Python of an existing ComfyUI; `folder` may also be the Windows portable build's top folder."""
     tree = next((path.resolve() for path in (folder, folder / "ComfyUI") if (path / "main.py").is_file()), None)
     if tree is None or not (tree / "comfy").is_dir():
         raise SetupError(f"{folder} is not a ComfyUI folder: it has no main.py and comfy/. Give the folder of main.py.")
     found = re.search(r'__version__ = "(\d+)\.(\d+)\.(\d+)', _read(tree / "comfyui_version.py"))
     version = ".".join(found.groups()) if found else "of unknown version"
     if not found or tuple(map(int, found.groups())) < tuple(map(int, COMFYUI_OLDEST.split("."))):
-        raise SetupError(f"FlexIP needs ComfyUI {COMFYUI_OLDEST} or newer, the one in {tree} is {version}. Update it.")
+        raise SetupError(
+            f"FlexIP needs ComfyUI {COMFYUI_OLDEST} or newer, but the one in {tree} is {version}. Update it."
+        )
     candidates = [
         *(parent / "python_embeded" / "python.exe" for parent in (tree, *tree.parents[:2])),  # spelt so by its makers
         *(python_of(parent / name) for parent in (tree, tree.parent) for name in ("venv", ".venv")),
@@ -279,7 +281,7 @@ def check_python_version(version: Sequence[int]) -> None:
     oldest, newest = PYTHONS
     if not oldest <= tuple(version) <= newest:
         raise SetupError(
-            f"Python {_dotted(oldest)} to {_dotted(newest)} is needed, this is Python {_dotted(version)}. "
+            f"Python {_dotted(oldest)} to {_dotted(newest)} is needed, but this is Python {_dotted(version)}. "
             f"Run the script with another one, for example python{_dotted(newest)}."
         )
 

@@ -6,7 +6,7 @@
 
 Six subjects with two or three views each, loose pictures, captions, masks, a part that is held out. Only the motorcycle was
 photographed twice (a stereo camera); the other views are cut, turned and coloured out of one photograph. That shows how such a
-folder is made and that everything runs. It is far too little, and too much alike, for adapters that are of use.
+folder is made and that everything runs. It is far too little, and too much alike, for useful adapters.
 """
 
 from __future__ import annotations

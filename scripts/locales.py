@@ -3,8 +3,8 @@
 
     python scripts/locales.py --comfyui DIR [--check]
 
-The page takes English texts from the file, too, so that it must be written anew when a schema changes; a test compares them.
-Sockets that appear one by one (io.Autogrow) are a key each, and the page knows their tooltips from here only. They all say the
+The page takes English texts from the file, too, so it must be written again when a schema changes; a test compares them.
+Sockets that appear one by one (io.Autogrow) have one key each, and the page knows their tooltips from here only. They all say the
 same, so in Chinese only the first is written by hand. With --check nothing is written, and the exit code tells.
 """
 
@@ -89,7 +89,7 @@ def leaves(texts: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def faults(language: str, texts: Mapping[str, Texts], english: Mapping[str, Texts]) -> list[str]:
-    """What `texts` lacks, holds in vain or says in the wrong language, one line each."""
+    """What `texts` lacks, holds for nothing or says in the wrong language, one line each."""
     mine, wanted = dict(leaves(texts)), dict(leaves(english))
     lines = [f"{language}: {'.'.join(path)} is missing: {text}" for path, text in wanted.items() if path not in mine]
     for path, text in mine.items():

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Are the tests awake? Changes the pack in one place after the other, in a copy, and shows that a test fails for each change.
+"""Do the tests notice? Changes the pack in one place after another, in a copy, and shows that a test fails for each change.
 
 python scripts/mutate.py [--only WORDS] [--folder core comfy]     (with a Python that has the tests' requirements)
 

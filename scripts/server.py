@@ -1,7 +1,7 @@
 """A real ComfyUI server on loopback, for the demo and the tests. Runs in ComfyUI's environment (it uses aiohttp).
 
 The server works in a base folder of its own (models, custom_nodes, input, output, user), so that nothing of the ComfyUI
-installation is read or changed but its code.
+installation is changed, and nothing but its code is read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from flexip_core.evaluation.client import ComfyClient, PromptError, ServerError, failure
 
-# On few cores torch's spinning threads cost far more than they bring, and ComfyUI's default attention for CPUs is slow.
+# On few cores torch's spinning threads cost far more than they gain, and ComfyUI's default attention for CPUs is slow.
 CPU_ARGUMENTS = ("--cpu", "--use-pytorch-cross-attention")
 CPU_THREADS = "1"
 FOLDERS = (

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         logging.error("%s", error)
         return 1
     except KeyboardInterrupt:
-        logging.error("Stopped; the same command goes on.")
+        logging.error("Stopped; the same command continues.")
         return 130
     return 0
 
@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     one = commands.add_parser(
-        "generate", help="make a benchmark's pictures on running ComfyUI servers; goes on where it stopped"
+        "generate", help="make a benchmark's pictures on running ComfyUI servers; continues where it stopped"
     )
     one.add_argument("benchmark", type=Path, help="DreamBench, DreamBench++, or prompts.txt and a folder per subject")
     one.add_argument("folder", type=Path, help="where the pictures are written")
@@ -102,7 +102,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     one.add_argument(
         "--benchmark",
         type=Path,
-        help="whose pictures they are; without it the folder's own references and prompts count",
+        help="the benchmark that the pictures show; without it, the folder's own references and prompts are used",
     )
     one.add_argument(
         "--weights", type=Path, action="append", default=[], metavar="DIR", help="folders with CLIP, DINO and the rest"
@@ -139,7 +139,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     one = commands.add_parser("compare", help="tables and gate measures of one or more files of scores")
     one.add_argument("scores", type=Path, nargs="+")
     one.add_argument(
-        "--gate", action="append", default=[], metavar="METHOD=GATE", help="at which a swept method stands in the table"
+        "--gate",
+        action="append",
+        default=[],
+        metavar="METHOD=GATE",
+        help="the gate at which a swept method stands in the table",
     )
     one.add_argument("--to", type=Path, required=True, metavar="DIR")
     one.set_defaults(command=compare)
@@ -195,7 +199,7 @@ def generate_pictures(options: argparse.Namespace) -> None:
 def score(options: argparse.Namespace) -> None:
     if options.mini_world:
         if options.to is None:
-            raise ValueError("--mini-world has no folder of its own; say with --to where the scores go.")
+            raise ValueError("--mini-world has no folder of its own; use --to to say where the scores go.")
         found, path = mini_world_scores(options), options.to
     else:
         if options.folder is None:
@@ -374,7 +378,7 @@ def _run_header(folder: Path, wanted: benchmark.Benchmark) -> dict[str, Any]:
     try:
         return {**read_json(path), "benchmark": wanted.name, "cases": len(wanted.cases)}
     except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged; take it away to score the pictures without it.") from None
+        raise ValueError(f"{path} is damaged; remove it to score the pictures without it.") from None
 
 
 def _calibration(tools: instruments.Instruments, wanted: benchmark.Benchmark, device: str | None) -> dict[str, float]:

@@ -24,7 +24,7 @@ _SHAPES = {
     for name, inputs, outputs in zip(_LAYERS, WIDTHS, WIDTHS[1:])
     for part in ("weight", "bias")
 }
-_STANDARD_BIAS = 0.9899932  # layers.7.bias of the standard file; its sister's is 0.5037
+_STANDARD_BIAS = 0.9899932  # layers.7.bias of the standard file; the other file's is 0.5037
 
 
 @dataclass(frozen=True)

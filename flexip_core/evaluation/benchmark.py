@@ -1,7 +1,7 @@
 """Benchmarks as their authors ship them, and folders of generated pictures.
 
 read_benchmark    DreamBench (google/dreambooth), DreamBench++ (yuangpeng/dreambench_plus) or a plain folder -> Benchmark
-find_pictures     a method's pictures of a benchmark; whatever is missing is an error, so nobody averages half a run
+find_pictures     a method's pictures of a benchmark; whatever is missing is an error, so that half a run is never averaged
 read_outputs      a method's folder that brings its own prompts and references; no benchmark folder is needed
 
 A tree of generated pictures is DreamBench++'s: src_image/, text/ and tgt_image/ with equal names. A sweep has one such
@@ -34,7 +34,7 @@ class Subject:
     name: str
     category: str
     references: tuple[Path, ...]  # real pictures of it
-    class_word: str  # "dog"; empty where nobody says it
+    class_word: str  # "dog"; empty where it is not known
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_benchmark(folder: str | Path) -> Benchmark:
     if _trees(folder):
         raise ValueError(f"{_shown(folder)} holds generated pictures, not a benchmark; score it without one.")
     raise ValueError(
-        f"{_shown(folder)} is no benchmark: expected DreamBench (prompts_and_classes.txt and a folder per subject), "
+        f"{_shown(folder)} is not a benchmark: expected DreamBench (prompts_and_classes.txt and a folder per subject), "
         "DreamBench++ (images/ and captions/), or prompts.txt and a folder per subject with class.txt and pictures."
     )
 
@@ -111,7 +111,7 @@ def read_benchmark(folder: str | Path) -> Benchmark:
 def find_pictures(benchmark: Benchmark, folder: str | Path, images: int) -> list[Picture]:
     """`images` pictures of every case, at every gate of the folder, in the order of gates, cases, images.
 
-    ValueError lists what is missing or empty, and prompts in text/ that are not the benchmark's. Files that nobody asked
+    ValueError lists what is missing or empty, and prompts in text/ that are not the benchmark's. Files that were not asked
     for are named in a warning and left out.
     """
     if images < 1:
@@ -143,7 +143,9 @@ def find_pictures(benchmark: Benchmark, folder: str | Path, images: int) -> list
             "Score it with the benchmark that it was made from, and write prompts without a unique token."
         )
     if extra:
-        log.warning("%s: %d files are no pictures of %s: %s", _shown(folder), len(extra), benchmark.name, _first(extra))
+        log.warning(
+            "%s: %d files are not pictures of %s: %s", _shown(folder), len(extra), benchmark.name, _first(extra)
+        )
     return pictures
 
 
@@ -196,7 +198,7 @@ def read_outputs(folder: str | Path) -> tuple[Benchmark, list[Picture]]:
 _LIVE = (
     "cat",
     "dog",
-)  # the classes of DreamBench's nine live subjects; its file has two lists of prompts, but not whose
+)  # the classes of DreamBench's nine live subjects; its file has two lists of prompts, but does not say for whom
 
 
 _LISTS = {"ObjectPrompts": "object", "LiveSubjectPrompts": "live"}
@@ -323,7 +325,7 @@ def _references(folder: Path) -> tuple[Path, ...]:
     files = [path for path in files if path.suffix.lower() in PICTURES and not is_system(path.name)]
     files, left_out = _without_masks(files)
     if left_out:
-        log.info("%s: masks are no references: %s", _shown(folder), _first([path.name for path in left_out]))
+        log.info("%s: masks are not references: %s", _shown(folder), _first([path.name for path in left_out]))
     if not files:
         raise ValueError(f"{_shown(folder)}: the pictures of this subject are missing.")
     return tuple(files)
@@ -444,7 +446,7 @@ def _words(text: str) -> str:
 
 
 def _shown(path: Path | str) -> str:
-    """Names that are no valid UTF-8 would break whoever prints them."""
+    """Names that are not valid UTF-8 would break whatever prints them."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 

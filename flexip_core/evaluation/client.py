@@ -1,6 +1,6 @@
 """A running ComfyUI over HTTP, with the standard library alone.
 
-ServerError: nobody answers, or not as ComfyUI does. PromptError: it answers, and the prompt is at fault.
+ServerError: nothing answers, or not as ComfyUI does. PromptError: it answers, and the prompt is at fault.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ComfyClient:
         text = text if "://" in text else f"http://{text}"
         parts = urllib.parse.urlsplit(text)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is no address of a server; write it as http://127.0.0.1:8188.")
+            raise ValueError(f"{url!r} is not the address of a server; write it as http://127.0.0.1:8188.")
         self.url = text.rstrip("/")
 
     def get(self, path: str) -> Any:
@@ -118,7 +118,7 @@ class ComfyClient:
                 raise TimeoutError(f"The prompt did not finish within {timeout:.0f} s.")
             if now - looked > QUEUE_SECONDS:
                 looked = now
-                # it goes from the queue into the history in one step, so look there once more
+                # it moves from the queue into the history in one step, so look there once more
                 if not self.is_queued(prompt_id) and self.history(prompt_id) is None:
                     raise ServerError(
                         f"ComfyUI at {self.url} lost a prompt: it was started again, or its queue was cleared."
@@ -136,7 +136,7 @@ class ComfyClient:
         return any(item[1] == prompt_id for item in [*queue["queue_running"], *queue["queue_pending"]])
 
     def interrupt(self, prompt_id: str) -> None:
-        """Takes a prompt out of the queue, or stops it if it runs. Should it end this very moment, ComfyUI may stop the next one."""
+        """Takes a prompt out of the queue, or stops it if it runs. If it ends at this very moment, ComfyUI may stop the next one."""
         self.post("/queue", {"delete": [prompt_id]})
         self.post("/interrupt", {"prompt_id": prompt_id})
 
@@ -158,7 +158,7 @@ class ComfyClient:
         try:
             return json.loads(data)
         except (ValueError, RecursionError):
-            raise ServerError(f"{self.url} answered {path} with something else than JSON; is it ComfyUI?") from None
+            raise ServerError(f"{self.url} answered {path} with something other than JSON; is it ComfyUI?") from None
 
 
 def failure(data: Mapping[str, Any]) -> PromptError:

@@ -1,7 +1,7 @@
-"""CLIP-IQA (Wang, Chan, Loy 2023): how probable CLIP holds "Good photo." against "Bad photo.", as a number in 0..1.
+"""CLIP-IQA (Wang, Chan, Loy 2023): how probable CLIP finds "Good photo." against "Bad photo.", as a number in 0..1.
 
 OpenAI's CLIP RN50 sees the picture at its own size, because scaling would hide its faults. Therefore the attention pool
-goes without positions, which exist for 7 x 7 places only. (pyiqa's "clipiqa+" and its averages over several pairs of
+has no positions, which exist for 7 x 7 places only. (pyiqa's "clipiqa+" and its averages over several pairs of
 words are other scores.)
 """
 

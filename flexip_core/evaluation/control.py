@@ -25,7 +25,7 @@ from .curves import PRIMARY, TENTHS, Columns, Curves, case_of
 
 LOW, HIGH = 1, 9  # tenths: the usable range is measured between them
 FINE = 21  # gates of a refined stretch, both its ends included
-LEAST_WAY = 1e-6  # of a mean curve; below it there is no way to take a share of, and no method beats another by it
+LEAST_WAY = 1e-6  # of a mean curve; below it there is no range to take a share of, and the difference between two methods does not count
 LEAST_RANGE = 0.05  # of one case; below it the case does not move
 SAME_RUN = (
     "base",
@@ -58,7 +58,7 @@ class Measure:
     column: str  # of which score; "" if of none
     value: float | None
     wants: str  # the line, or what to do with the number
-    met: bool | None  # None: there is no line that this number alone could pass
+    met: bool | None  # None: there is no pass line for this number alone
     note: str  # where, of how many; or why there is no value
 
 
@@ -91,7 +91,7 @@ class Found(NamedTuple):
 
 
 def _monotone(sweep: Curves, cases: Tensor) -> Found:
-    curve = cases.mean(1).round(decimals=12)  # how sums are rounded must not rank equal means
+    curve = cases.mean(1).round(decimals=12)  # rounding of sums must not rank equal means
     return Found(smoothness.spearman(curve).item())
 
 
@@ -103,12 +103,12 @@ def _monotone_cases(sweep: Curves, cases: Tensor) -> Found:
 def _jump_share(sweep: Curves, cases: Tensor) -> Found:
     curve = cases.mean(1)
     if (curve[-1] - curve[0]).abs() < LEAST_WAY:
-        return Found(None, "The curve ends where it begins: there is no way to share.")
+        return Found(None, "The curve ends where it begins: there is no range to share.")
     begins, ways = smoothness.steps(curve, sweep.places)
     begin = begins[ways.argmax()].item()
     note = f"largest from {sweep.between(begin, begin + 1)}"
     gaps, ways = sweep.places.diff(), curve.diff().abs() / (curve[-1] - curve[0]).abs()
-    fine = gaps < gaps.max() - 1e-6  # in a refined stretch: is it one cliff, or a slope?
+    fine = gaps < gaps.max() - 1e-6  # in a refined stretch: is it one cliff or a slope?
     if fine.any():
         at = int(ways.where(fine, -1).argmax())
         note += f"; in the refined stretch at most {ways[at]:.3f} at once, {_pair(sweep, at)}"
@@ -258,7 +258,7 @@ def own_box(sweep: Curves) -> Box | None:
 
 
 def hypervolume(points: Sequence[Sequence[float]], reference: tuple[float, float] = (0.0, 0.0)) -> float:
-    """The area that at least one of the points (x, y) is better than in both, as far as it is better than `reference`."""
+    """The area in which at least one of the points (x, y) is better in both, as far as it is better than `reference`."""
     area, height = 0.0, reference[1]
     for x, y in sorted(points, reverse=True):  # from the right, each adds what rises above those before it
         if y > height and x > reference[0]:
@@ -320,7 +320,9 @@ def compare(ours: Scores, baseline: Scores, columns: Columns = PRIMARY) -> GateC
         apart = len(set(a.cases) ^ set(b.cases))
         raise ValueError(f"{names} show different cases ({apart} are in one only); score both on the same ones.")
     if len(a.gates) != len(b.gates):
-        raise ValueError(f"{names} were swept over {len(a.gates)} and {len(b.gates)} gates; sweep both over as many.")
+        raise ValueError(
+            f"{names} were swept over {len(a.gates)} and {len(b.gates)} gates; sweep both over the same number."
+        )
     for column in columns.names():
         models = [scores.columns.get(column) for scores in (ours, baseline)]
         if models[0] != models[1]:
@@ -388,8 +390,8 @@ def _about(result: Control) -> str:
     widest = max(b - a for a, b in itertools.pairwise(gates)) / (gates[-1] - gates[0]) * TENTHS
     if widest > 1 + 1e-6:
         text += (
-            f" Some neighbours are {widest / TENTHS:.2g} of the sweep apart: what jumps between them is taken for even "
-            "there, so the jump shares and Lipschitz are the least that they can be."
+            f" Some neighbours are {widest / TENTHS:.2g} of the sweep apart: what jumps between them is taken as even "
+            "there, so the true jump shares and Lipschitz may be larger."
         )
     return text
 

@@ -145,7 +145,7 @@ class _Work(Generic[Job]):
         self.stopped = False
 
     def take(self) -> Job | None:
-        """Waits while others may still give something back; None: there is no more."""
+        """Waits while others may still give something back; None when there are no more."""
         with self._changed:
             while self._running and not self._left and not self.stopped:
                 self._changed.wait()

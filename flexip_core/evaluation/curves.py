@@ -16,7 +16,7 @@ LEAST_GATES = 3
 
 @dataclass(frozen=True)
 class Columns:
-    """The three scores that are measured: how far the text is followed, and how alike picture and reference are."""
+    """The three scores that are measured: how far the text is followed, and how similar picture and reference are."""
 
     text: str = "CLIP-T"
     image: str = "CLIP-I"
@@ -40,7 +40,7 @@ class Curves:
         self.knob = str(scores.header.get("knob", "gate"))
         if len(self.gates) < LEAST_GATES:
             raise ValueError(
-                f"{scores.method} was scored at {len(self.gates)} gates; how evenly it controls takes a sweep of 11."
+                f"{scores.method} was scored at {len(self.gates)} gates; how evenly it controls needs a sweep of 11."
             )
         self.cases = tuple(sorted({case_of(row) for _, row in rows}))
         self.subjects = tuple(sorted({row.subject for _, row in rows}))

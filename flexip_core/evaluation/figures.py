@@ -235,7 +235,7 @@ class _Label:
 
 
 def _gate_labels(sweep: Curves, points: np.ndarray, colour: Any, every: int) -> list[_Label]:
-    """At every so many tenths of the sweep, the ends first: they get room before the others."""
+    """At regular steps along the sweep, the ends first: they get room before the others."""
     tenths = {i: round(place) for i, place in enumerate(sweep.places.tolist()) if abs(place - round(place)) < 1e-6}
     ends = 0, len(points) - 1
     inner = [i for i, tenth in tenths.items() if i not in ends and tenth % every == 0]
@@ -254,7 +254,7 @@ def _place(figure: Any, ax: Any, labels: Sequence[_Label], lines: Sequence[np.nd
         best, cost, room = None, np.inf, None
         for far, dx, dy in _OFFSETS:
             if far > NEAR and not label.needed:
-                break  # so far away, nobody could tell whose it is
+                break  # this far away it would not be clear which point it belongs to
             note = ax.annotate(
                 label.text,
                 label.point,

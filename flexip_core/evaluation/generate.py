@@ -1,4 +1,4 @@
-"""Makes the pictures of a benchmark on one or more running ComfyUI servers, and goes on where it was stopped.
+"""Makes the pictures of a benchmark on one or more running ComfyUI servers, and continues where it was stopped.
 
 <folder>/run.json                                   what they were made from
 <folder>/gate_0.50/{src_image,text,tgt_image}/      one such tree per gate; without gates they lie in <folder> itself

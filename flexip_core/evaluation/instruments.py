@@ -1,10 +1,10 @@
 """Which scores the weight files of some folders allow, and the scores themselves.
 
-Files are found by content, never by name, and only the standard file of each role is taken by itself: scores by other
-weights cannot be compared with anybody's. Others serve where the caller names them, and the column says so. Nothing is
-downloaded; every column without its files says in a sentence which are lacking.
+Files are found by content, never by name, and only the standard file of each role is taken automatically: scores by other
+weights cannot be compared with published ones. Others serve where the caller names them, and the column says so. Nothing is
+downloaded; every column without its files says in a sentence which are missing.
 
-Two sets of columns: CLIP ViT-B/32 with DINO v1 ViT-S/16, which DreamBooth measured by, and CLIP ViT-L/14 with DINOv2
+Two sets of columns: CLIP ViT-B/32 with DINO v1 ViT-S/16, which DreamBooth measured with, and CLIP ViT-L/14 with DINOv2
 ViT-S/14. (The latter is DreamBench++'s; larger DINOv2s are what adapters read, FlexIP's among them.)
 """
 
@@ -200,7 +200,7 @@ def find(folders: str | Path | Iterable[str | Path], use: Mapping[str, str | Pat
     """What the weight files in these folders (and below) can measure. Reads headers, and the chosen files once for sha256.
 
     `use`, role -> file, names files that are taken whatever they are, standard or not. ValueError, one sentence, for a
-    folder that is none and a named file that cannot serve.
+    folder that is not one and a named file that cannot serve.
     """
     folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
     found: dict[str, list[Any]] = {role: [] for role in ROLES}
@@ -232,7 +232,7 @@ def _weight_files(folders: Iterable[str | Path]) -> list[Path]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ValueError(
-                f"{folder} is no folder; name one with weight files, such as ComfyUI's models/clip_vision."
+                f"{folder} is not a folder; name one with weight files, such as ComfyUI's models/clip_vision."
             )
         files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         named = sorted(str(path.relative_to(folder)) for path in files)
@@ -253,7 +253,7 @@ def _recognise(name: str, header: Header) -> Iterator[tuple[str, Any]]:
 
 
 def _best(role: str, files: Iterable[Any]) -> Any:
-    """The standard file, with a text tower if one has it, rather one that is sure to be it; None if there is none."""
+    """The standard file, with a text tower if one has it, preferably one that is certain; None if there is none."""
 
     def rank(file: Any) -> tuple:
         return (getattr(file, "text", None) is None, bool(file.remark), file.name)

@@ -52,7 +52,7 @@ class Bench:
         return [(name, column) for name, column in self.wanted.items() if column.kind == kind]
 
     def prompts(self, prompts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-        """Role -> prompt -> its embedding. The text towers are let go again."""
+        """Role -> prompt -> its embedding. The text towers are freed again."""
         found = {}
         for _, column in self.columns("prompt"):
             (role,) = column.roles

@@ -77,11 +77,11 @@ def read_recipe(
     except OSError as error:
         raise ValueError(f"The workflow {path} cannot be read ({error.strerror}).") from None
     except ValueError:
-        raise ValueError(f"{path} is no workflow: it is not JSON.") from None
+        raise ValueError(f"{path} is not a workflow: it is not JSON.") from None
     if isinstance(data, dict) and {"nodes", "links"} <= data.keys():
         data = to_prompt(data, object_info())
     if not isinstance(data, dict) or not all(_is_node(node) for node in data.values()):
-        raise ValueError(f"{path} is no workflow; save one in ComfyUI, with Save or Export (API).")
+        raise ValueError(f"{path} is not a workflow; save one in ComfyUI, with Save or Export (API).")
     try:
         return make_recipe(data, settings)
     except ValueError as error:
@@ -92,7 +92,7 @@ def make_recipe(workflow: Mapping[str, Any], settings: Mapping[str, Any]) -> Rec
     """`workflow` in API format. A setting is one of SETTINGS, or Class.input: LoadFlexIPAdapters.clip_vision."""
     prompt = {key: {"class_type": node["class_type"], "inputs": dict(node["inputs"])} for key, node in workflow.items()}
     sampler = _only(nodes_of(prompt, SAMPLER), f"{SAMPLER} node", "it samples all gates from the same noise")
-    prompt[sampler]["inputs"].pop("vae", None)  # nobody looks at the contact sheets
+    prompt[sampler]["inputs"].pop("vae", None)  # the contact sheets are not needed
     output = _only(
         [node for node in nodes_of(prompt, "SaveImage") if _comes_from(prompt, node, [sampler, LATENT])],
         f"SaveImage node for pictures decoded from the {SAMPLER}'s latent",
@@ -151,7 +151,9 @@ def _apply(recipe: Recipe, settings: Mapping[str, Any]) -> None:
         elif name in SIZE_SETTINGS or name == "negative":
             node, key = (recipe.negative, "text") if name == "negative" else (recipe.size, name)
             if node is None:
-                raise ValueError(f"the setting {name} has no place in this workflow, or more than one; set it there.")
+                raise ValueError(
+                    f"the setting {name} has no place in this workflow, or more than one; set it in the workflow."
+                )
             recipe.prompt[node]["inputs"][key] = value
         elif name in FILE_SETTINGS:
             kind, key = FILE_SETTINGS[name]

@@ -77,7 +77,7 @@ def joined(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
             )
         other = _differences(found, wanted)
     except (KeyError, TypeError, AttributeError, Unreadable):
-        raise ValueError(f"{path} is no header of a run; use another folder.") from None
+        raise ValueError(f"{path} is not the header of a run; use another folder.") from None
     if other:
         more = f" and {len(other) - MOST_DIFFERENCES} more" if len(other) > MOST_DIFFERENCES else ""
         raise ValueError(

@@ -1,6 +1,6 @@
 """Turns a workflow as the web page saves it (nodes, links, widget values) into the prompt that POST /prompt takes.
 
-The page does the same when Queue is pressed. This one knows what shipped workflows use and refuses the rest: subgraphs,
+The page does the same when Queue is pressed. This module knows what shipped workflows use and refuses the rest: subgraphs,
 reroutes, primitives, and muted or bypassed nodes.
 """
 
@@ -45,10 +45,10 @@ def _inputs(node: Mapping[str, Any], object_info: Mapping[str, Any], sources: Ma
     if node.get("mode", 0) != 0:
         raise ValueError(f"{title} is muted or bypassed; only active nodes can be run from here.")
     if node["type"] not in object_info:
-        raise ValueError(f"{title} is not known to the server. Install the pack that brings it.")
+        raise ValueError(f"{title} is not known to the server. Install the pack that contains it.")
     values = dict(_widget_values(node, object_info[node["type"]], title))
     linked = {slot["name"]: sources[slot["link"]] for slot in node.get("inputs", []) if slot.get("link") is not None}
-    return {**values, **linked}  # a widget that is wired keeps its value in the file, the wire counts
+    return {**values, **linked}  # a wired widget keeps its value in the file, but the wire counts
 
 
 def _widget_values(node: Mapping[str, Any], info: Mapping[str, Any], title: str) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ def pack_version() -> dict[str, str]:
 
 
 def _commit() -> str:
-    if not (PACK / ".git").exists():  # inside ComfyUI's own repository git would tell ComfyUI's commit
+    if not (PACK / ".git").exists():  # inside ComfyUI's own repository git would give ComfyUI's commit
         return "unknown: not in git"
     try:
         commit, changes = (

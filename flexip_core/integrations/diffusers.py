@@ -111,14 +111,14 @@ def _floats(picture: Image.Image) -> torch.Tensor:
 
 @contextlib.contextmanager
 def gated(unet: nn.Module, branches: BlockBranches) -> Iterator[None]:
-    """While it lasts, every call of `unet` adds `branches`; then its own attention processors are back.
+    """Inside the block, every call of `unet` adds `branches`; afterwards its own attention processors are back.
 
     Raises ValueError where the blocks are not those of this UNet, RuntimeError where another library holds an attention.
     """
     found = cross_attentions(unet)
     if strangers := sorted(set(branches) - set(found)):
         raise ValueError(
-            f"FlexIP: these adapters are for a UNet with a cross-attention at {strangers[0]}, this one has "
+            f"FlexIP: these adapters are for a UNet with a cross-attention at {strangers[0]}, but this one has "
             f"{', '.join(found)}. Choose adapters made for this base."
         )
     own = {address: found[address].processor for address in branches}

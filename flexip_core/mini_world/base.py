@@ -1,4 +1,4 @@
-"""The base of the mini world: a small SD1.5-class UNet with its text encoder, trained from nothing on pictures and captions.
+"""The base of the mini world: a small SD1.5-class UNet with its text encoder, trained from scratch on pictures and captions.
 
 A latent is `pixel_unshuffle(2)` of the picture (12 x 8 x 8), a lossless stand-in for a VAE. The same weights run in ComfyUI's
 UNetModel; nodes/demo.py loads them there.

@@ -1,6 +1,6 @@
-"""What could let single pictures move evenly: the same adapters, the dial turned in another way. And whether a jump is one.
+"""What could let single pictures move evenly: the same adapters, with the dial turned in another way. And whether a jump really is one.
 
-A cure that takes the way away with the jump is none, so each is shown with what it leaves of the gate's range.
+A cure that removes the range along with the jump is no cure, so each is shown with what it leaves of the gate's range.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 They read pictures enlarged to 64 px (each pixel four times as wide and high), the size at which ComfyUI shows the mini world, so
 that EncodeReference gives the very features that training saw. The CLIP stand-in is trained on pictures and their captions; the
-DINO stand-in is not trained at all: its patch embedding is a fixed rotation of the pixels, and its block does next to nothing.
+DINO stand-in is not trained at all: its patch embedding is a fixed rotation of the pixels, and its block does almost nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads shape, ground, corner and hues off a picture; trained apart from everything that it judges."""
+"""Reads shape, ground, corner and hues off a picture; trained separately from everything that it judges."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def in_words(caption: Tensor) -> str:
 
 
 def read_words(text: str) -> Tensor:
-    """The caption (4,) that a prompt stands for; words that the world does not know are passed over, the last of a slot counts."""
+    """The caption (4,) that a prompt stands for; words that the world does not know are skipped, and the last word of a slot counts."""
     text = f" {' '.join(re.findall(r'[a-z]+', text.lower()))} "
     caption = torch.zeros(len(SLOTS), dtype=torch.long)
     for number, slot in enumerate(SLOTS):

@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     one = command(run, "train; SIGTERM and Ctrl+C save the state and stop", "config")
     one.add_argument(
-        "--resume", action="store_true", help="go on from the newest state in the run's folder, if there is one"
+        "--resume", action="store_true", help="continue from the newest state in the run's folder, if there is one"
     )
     one.add_argument("--export", type=Path, metavar="FILE", help="where the best adapters go when it is done")
     one.add_argument(
@@ -91,8 +91,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one.add_argument("--size", type=int, required=True, help="side of the pictures in pixels")
     one.add_argument("--ranks", type=int, default=1, help="GPUs that share a batch (default: %(default)s)")
 
-    one = command(check, "say what is wrong with training pictures", "data")
-    one.add_argument("--size", type=int, default=512, help="that they are trained at, in pixels (default: %(default)s)")
+    one = command(check, "report what is wrong with training pictures", "data")
+    one.add_argument(
+        "--size", type=int, default=512, help="size that they are trained at, in pixels (default: %(default)s)"
+    )
     one.add_argument("--sheet", type=Path, help="a picture of some pairs, to look at")
     one.add_argument("--pairs", type=int, default=8, help="on the sheet (default: %(default)s)")
     one.add_argument("--seed", type=int, default=0, help="which pairs (default: %(default)s)")
@@ -115,7 +117,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one.add_argument("--template", help="of paths, for co3d")
     one.add_argument("--pictures", type=Path, help="where an ip_adapter list's files lie")
     one.add_argument("--to", choices=("variant", "invariant"), help="for kohya folders")
-    one.add_argument("--views", type=int, help="at most so many of each subject")
+    one.add_argument("--views", type=int, help="at most this many of each subject")
 
     one = command(pack, "write a folder of pictures as WebDataset shards", "data", "shards")
     one.add_argument("--megabytes", type=int, default=1024, help="of a shard (default: %(default)s)")

@@ -1,8 +1,8 @@
 """A training run in a process of its own, and what a run's folder tells about it from outside.
 
 A run's folder: config.json, delivered.json (adapters that it wrote elsewhere), output.log (what the process said), log.jsonl, states, previews/, best and final adapters; run.lock is held
-while a process writes there, and the file "stop" asks it to save and stop. The process belongs to nobody: neither a page that is
-closed nor a server that ends takes it along.
+while a process writes there, and the file "stop" asks it to save and stop. The process depends on nobody: neither closing the
+page nor ending the server stops it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOST_NAMES = 20  # of runs, in a sentence
 LONGEST_LINE = 2**20  # bytes, of the log
 LONGEST_LOG = 2**27  # bytes; read, it takes eight times that
 LAST_WORDS = 2**16  # bytes of output.log that are looked at
-PATIENCE = 2.0  # seconds: somebody who only looks holds the lock for a moment
+PATIENCE = 2.0  # seconds: whoever only looks at the run holds the lock for a moment
 MOST_NUMBERS = 16  # kinds of data, or scores of a probe, in a line of the log
 STOPPED = "Stopped after step"  # what the loop says
 PACK = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ PACK = Path(__file__).resolve().parents[2]
 
 @contextlib.contextmanager
 def locked(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
-    """Only one run at a time writes a folder; its first rank holds the lock. The system takes it back if the process dies."""
+    """Only one run at a time writes a folder; its first rank holds the lock. The system releases it if the process dies."""
     from filelock import FileLock, Timeout  # torch brings it
 
     refuse_links(folder)  # to take a lock would empty the file that it leads to
@@ -61,7 +61,7 @@ def locked(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        with contextlib.suppress(OSError):  # somebody else put something there by now
+        with contextlib.suppress(OSError):  # something else was put there in the meantime
             if made and set(os.listdir(folder)) <= {LOCK}:  # the run failed before it wrote anything
                 (folder / LOCK).unlink(missing_ok=True)
                 for path in made:
@@ -108,7 +108,7 @@ def refuse(cfg: TrainConfig, export: Path | None = None) -> None:
         known = read_config_of(folder)
         other = changed_settings(known, cfg, every=True) if known else ""
         how = f", with other settings ({other})" if other else ""
-        raise ValueError(f"The run {folder.name} is being trained already{how}; look at it, or stop it first.")
+        raise ValueError(f"The run {folder.name} is already being trained{how}; watch it, or stop it first.")
     refuse_overwriting(cfg, export)
     device = device_of(cfg)
     for other_run in runs(folder.parent):
@@ -122,7 +122,7 @@ def refuse(cfg: TrainConfig, export: Path | None = None) -> None:
 
 
 def refuse_overwriting(cfg: TrainConfig, export: Path | None = None) -> None:
-    """ValueError if the run would write over what was trained with other settings, or over a file that it has not written."""
+    """ValueError if the run would overwrite what was trained with other settings, or a file that it did not write."""
     folder = Path(cfg.folder)
     if has_trained(folder):
         known, found = read_config_of(folder), states(folder)
@@ -130,7 +130,7 @@ def refuse_overwriting(cfg: TrainConfig, export: Path | None = None) -> None:
             known = TrainConfig.from_dict(config_of(found[-1]))
         if known is None:
             raise ValueError(
-                f"{folder} holds trained adapters, and nothing says with which settings; choose another folder, or move them away."
+                f"{folder} holds trained adapters, and nothing says which settings they were trained with; choose another folder, or move them away."
             )
         other = changed_settings(known, cfg, every=not found)
         if not other and not found and known.steps != cfg.steps:
@@ -149,7 +149,7 @@ def runs(root: Path) -> list[Path]:
 
 
 def device_of(cfg: TrainConfig) -> torch.device:
-    """ "cuda" and "cuda:0" are the same one. ValueError for a text that names none."""
+    """ "cuda" and "cuda:0" are the same one. ValueError for a text that does not name a device."""
     try:
         device = torch.device(cfg.device)
     except RuntimeError:
@@ -187,7 +187,7 @@ def start(cfg: TrainConfig, export: Path | None = None, allow_code: bool = False
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=os.name != "nt",  # no signal to the server's group reaches it
+            start_new_session=os.name != "nt",  # signals to the server's group do not reach it
             **own,
         )
     import psutil
@@ -215,7 +215,7 @@ def read_config_of(folder: Path) -> TrainConfig | None:
 
 
 def changed_settings(old: TrainConfig, new: TrainConfig, every: bool = False) -> str:
-    """What differs and must not in one run, with both values; "" if the run can go on. `every`: also what may from a step on."""
+    """What differs but must not within one run, with both values; "" if the run can continue. `every`: also what may from a step on."""
     found = [one for one in changed(old.to_dict(), new.to_dict()) if every or not one[0].startswith(MAY_TURN)]
     if new.steps < old.steps:
         found.append(("steps", old.steps, new.steps))
@@ -284,17 +284,17 @@ def _state(writing: bool, alive: bool, finished: bool, said: list[str]) -> tuple
         return "finished", ""
     last = said[-1] if said else ""
     if STOPPED in last:
-        return "stopped", "Its state is saved; start it again to go on."
+        return "stopped", "Its state is saved; start it again to continue."
     if last.startswith(("Step ", "Resumed ")) or not last:
         return "failed", (
-            "The process ended without a word: memory ran out, or somebody or the system ended it. Start it again: it "
-            "goes on from its last state."
+            "The process ended without a message: memory ran out, or somebody or the system ended it. Start it again: it "
+            "continues from its last state."
         )
     return "failed", last
 
 
 def _log_lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines only: the run may be writing one. ValueError for one that no run has written."""
+    """Whole lines only: the run may be writing one. ValueError for a line that no run has written."""
     found = []
     if path.is_file():
         if path.stat().st_size > LONGEST_LOG:
@@ -315,9 +315,9 @@ def _log_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _checked(line: Any) -> dict[str, Any]:
-    """A line of the log; ValueError unless everything in it that is shown is of its type."""
+    """A line of the log; ValueError unless everything in it that is shown has the right type."""
     if not isinstance(line, dict) or type(line.get("step")) is not int:
-        raise ValueError("it tells of no step")
+        raise ValueError("it names no step")
     numbers = []
     if "loss" in line:
         kinds = line.get("loss_by_kind")
@@ -326,11 +326,11 @@ def _checked(line: Any) -> dict[str, Any]:
     if "probe" in line:
         numbers += line["probe"].values() if isinstance(line["probe"], dict) else [None]
         if type(line.get("best")) is not bool:
-            raise ValueError("its probe is none")
+            raise ValueError("its probe is not a set of scores")
     if len(numbers) > MOST_NUMBERS:
         raise ValueError(f"it has more than {MOST_NUMBERS} numbers")
     if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
-        raise ValueError("it has something else where numbers are")
+        raise ValueError("it has something else where numbers should be")
     return line
 
 

@@ -20,7 +20,7 @@ class Text(NamedTuple):
     """Encoded captions."""
 
     tokens: torch.Tensor  # (b, t, w)
-    pooled: torch.Tensor | None = None  # (b, v), what SDXL reads besides
+    pooled: torch.Tensor | None = None  # (b, v), what SDXL reads in addition
 
     def replaced(self, rows: torch.Tensor, other: Text) -> Text:
         """With `other` (one text, or one per row) in those `rows` (b,), bool."""
@@ -33,7 +33,7 @@ class Text(NamedTuple):
         return self._both(other, lambda own, new: torch.cat([own, new]))
 
     def expand(self, rows: int) -> Text:
-        """One text as that many rows."""
+        """One text, repeated for that many rows."""
         return self._both(self, lambda own, _: own.expand(rows, *own.shape[1:]))
 
     def _both(self, other: Text, how: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Text:

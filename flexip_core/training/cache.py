@@ -1,11 +1,11 @@
 """What the frozen encoders say about training data, computed once and kept on disk in half precision.
 
-Kept are latents (the mean that the VAE gives, scaled for the UNet: what Base.to_latents returns), texts, CLIP's [CLS] and, if
-wanted, DINO's patch tokens; then neither VAE, text encoder nor image encoders need to be in memory. References are drawn anew in
-every batch without a cache; with one, each picture has a few fixed ones per kind (`fixed_cuts`), and nothing is mirrored.
+It keeps latents (the mean that the VAE gives, scaled for the UNet: what Base.to_latents returns), texts, CLIP's [CLS] and, if
+wanted, DINO's patch tokens; then the VAE, text encoder and image encoders need not be in memory. Without a cache, new references
+are drawn for every batch; with one, each picture has a few fixed ones per kind (`fixed_cuts`), and nothing is mirrored.
 
-What was interrupted goes on by the same call, and after a change of pictures, captions or encoders only what changed is computed
-(entries.py). What is no longer needed stays in the folder; delete the folder to be rid of it.
+The same call continues what was interrupted, and after a change of pictures, captions or encoders only what changed is computed
+(entries.py). What is no longer needed stays in the folder; delete the folder to get rid of it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def plan(
 
 
 def subsets(phrases: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """All that phrase dropout can leave of a caption, the whole one first; only that one if they are more than SUBSETS."""
+    """All that phrase dropout can leave of a caption, the whole one first; only that one if there are more than SUBSETS."""
     if 2 ** len(phrases) > SUBSETS:
         return [phrases]
     keep = itertools.product((True, False), repeat=len(phrases))
@@ -129,7 +129,7 @@ class Filled:
             f" {self.left_out} texts are too many to keep (--texts raises it), so they are encoded while training."
         )
         return (
-            f"{self.computed} texts and pictures to encode, {self.kept} entries are there, {self.bytes / 2**20:.1f} MB to write."
+            f"{self.computed} texts and pictures to encode, {self.kept} entries already there, {self.bytes / 2**20:.1f} MB to write."
             + (long if self.long_captions else "")
             + (too_many if self.left_out else "")
         )

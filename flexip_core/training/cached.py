@@ -112,9 +112,9 @@ class CachedSource:
 
 
 class CachedBase:
-    """A base that reads what was kept and asks the encoders only for the rest, which a real base loads only then.
+    """A base that reads what was kept and asks the encoders only for the rest; a real base loads them only then.
 
-    `base` may have a method `patches` (pictures -> DINO's patch tokens), which spares CLIP where only those are not kept.
+    `base` may have a method `patches` (pictures -> DINO's patch tokens), which avoids running CLIP where only those are missing.
     """
 
     def __init__(self, base: Base, entries: Entries, identity: Mapping[str, str]):

@@ -33,7 +33,7 @@ from .pictures import (
 TOKENS = 77  # of a CLIP text encoder, begin and end included
 HASH = 16  # a perceptual hash compares that many neighbours each way
 ALIKE = 10  # of the hash's 256 bits may differ between pictures that look the same
-COSINE = 0.97  # of CLIP embeddings: from here on two views are no variation
+COSINE = 0.97  # of CLIP embeddings: from here on two views show no variation
 BLOCK = 256  # views that are compared with all others at a time
 EXAMPLES = 3  # names in a sentence
 # pictures and films that people have and that are not decoded
@@ -59,7 +59,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no error; warnings may be meant."""
+        """Whether there is no error; warnings may be intended."""
         return not any(problem.level == "error" for problem in self.problems)
 
     def text(self) -> str:
@@ -108,11 +108,11 @@ def check(
     workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Decodes everything. ValueError only for what is no data set at all.
+    """Decodes everything. ValueError only for what is not a data set at all.
 
     embed: pictures (1, 3, size, size) in -1..1 -> CLIP embeddings (1, width); finds near duplicates instead of the hash.
-    on_progress: views looked at, and how many there are; also called again and again where that stands still, so that
-    whoever raises there ends the check soon, whatever it is at.
+    on_progress: views looked at, and how many there are; also called repeatedly while that number stands still, so that
+    raising there ends the check soon, whatever it is doing.
     """
     done, total = 0, 1
 
@@ -197,7 +197,7 @@ def _digests(store, views: Iterable[View], alive: Callable[[], None]) -> dict[st
             with store.open(name) as file:
                 found[name] = sha256(file)
         except (ValueError, OSError):
-            continue  # told as unreadable
+            continue  # reported as unreadable
     return found
 
 
@@ -247,7 +247,7 @@ def _masks(seen: list[_Seen]) -> list[Problem]:
     names = [entry.view.mask or entry.view.name for entry in seen if entry.empty_mask]
     if not names:
         return []
-    sentence = f"{len(names)} masks are black everywhere: {_some(names)}; paint the subject white or take the mask out."
+    sentence = f"{len(names)} masks are black everywhere: {_some(names)}; paint the subject white or remove the mask."
     return [Problem("error", "empty mask", sentence, tuple(names))]
 
 
@@ -276,7 +276,7 @@ def _captions(data: DataSet, tokens: int, report: Report, alive: Callable[[], No
             Problem(
                 "warning",
                 "empty caption",
-                f"{len(empty)} pictures have no caption, so nothing of them can be asked for by text: {_some(empty)}; "
+                f"{len(empty)} pictures have no caption, so a prompt cannot ask for anything in them: {_some(empty)}; "
                 "write a .txt of the same name beside each, or a class.txt per folder.",
                 tuple(empty),
             )
@@ -306,7 +306,7 @@ def _duplicates(train: DataSet, seen: list[_Seen], digests: dict[str, str], aliv
         folders = Counter(name.rpartition("/")[0] for name in trained)
         if len(folders) > 1:
             sentence = (
-                f"the same file lies in several folders: {_some(trained)}; keep one, or its subject is two subjects."
+                f"the same file lies in several folders: {_some(trained)}; keep one, or its subject counts as two."
             )
             problems.append(Problem("warning", "duplicate", sentence, tuple(trained)))
         elif len(trained) > 1 and not trained[0].startswith("variant/"):
@@ -323,7 +323,7 @@ def _duplicates(train: DataSet, seen: list[_Seen], digests: dict[str, str], aliv
 
 
 def _alike(name: str, entries: list[_Seen], alive: Callable[[], None]) -> list[Problem]:
-    """Views of one subject that are no variation of each other. Pairs are counted, never listed."""
+    """Views of one subject that do not vary from each other. Pairs are counted, never listed."""
     same, near = _Pairs(entries), _Pairs(entries)
     vectors, least = _vectors(entries)
     numbers = {pixels: i for i, pixels in enumerate({entry.pixels: None for entry in entries})}
@@ -344,7 +344,7 @@ def _alike(name: str, entries: list[_Seen], alive: Callable[[], None]) -> list[P
         problems.append(Problem("error", "same view", sentence, same.names()))
     if near.number:
         sentence = (
-            f"{name} has {near.number} pairs of views that look alike ({near.first}), so they show no variation; take pictures that "
+            f"{name} has {near.number} pairs of views that look alike ({near.first}), so they show no variation; use pictures that "
             "differ more, or a larger min_frame_gap for clips."
         )
         problems.append(Problem("warning", "near duplicate", sentence, near.names()))
@@ -443,13 +443,13 @@ def _why_unused(names: list[str]) -> list[tuple[str, list[str], str]]:
         (
             "too deep",
             deep,
-            "pictures lie a folder too deep: {}; put each subject's folder directly into variant, loose pictures into invariant "
+            "pictures lie one folder too deep: {}; put each subject's folder directly into variant, loose pictures into invariant "
             "or one folder in it.",
         ),
         (
             "unsure mask",
             masked,
-            "masks are left out, because white may mean the ground in them: {}; rename them to NAME.mask.png where white is the "
+            "masks are left out, because in them white may mean the background: {}; rename them to NAME.mask.png where white is the "
             "subject.",
         ),
     ]

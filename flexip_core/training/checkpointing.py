@@ -37,7 +37,7 @@ MAY_CHANGE = {
     *("half", "license", "accumulate", "start_from", "validate"),
     *(f"task.{name}" for name in ("cache", "workers", "memory", "probe_cases", "probe_steps", "probe_cfg")),
 }
-"""Settings that a resumed run may have different: they change none of the steps done so far, or (a cache) nothing that matters."""
+"""Settings that a resumed run may have different: they change no step done so far, or (a cache) nothing that matters."""
 
 MAY_TURN = ("precision", "batch", "mix", "loss_weight", "min_snr_gamma", "gates.", "dropout.", "optimizer.", "ema.")
 """Settings, and beginnings of such, that a resumed run may have different from its next step on; it says so."""
@@ -53,7 +53,7 @@ _DEFAULTS = {
 
 @dataclass
 class Progress:
-    """What a run knows besides tensors."""
+    """What a run knows apart from its tensors."""
 
     step: int = 0  # steps done
     seconds: float = 0.0  # spent on them
@@ -111,12 +111,12 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """TrainingError unless a state of `size` bytes fits on the folder's disk, and leaves as much for everybody else."""
+    """TrainingError unless a state of `size` bytes fits on the folder's disk and leaves as much again for everything else."""
     free = shutil.disk_usage(folder).free
     if free < 2 * size:
         raise TrainingError(
             f"The disk of {folder} has {free / 1e9:.1f} GB left, and a state takes {size / 1e9:.1f} GB; the states before it are kept. "
-            "Make room, or lower keep, then go on from the last one."
+            "Make room, or lower keep, then continue from the last one."
         )
 
 

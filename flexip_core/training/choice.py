@@ -73,9 +73,9 @@ def load(store: Store, view: View, size: int) -> Picture:
 
 
 class Choice:
-    """Which views a batch shows: drawn for the whole batch, from as many numbers whatever comes out.
+    """Which views a batch shows: drawn for the whole batch, from the same number of draws whatever comes out.
 
-    Subjects come by the square root of their number of views, times their weight. Invariant pictures come alike, times the
+    Subjects are drawn by the square root of their number of views, times their weight. Invariant pictures are drawn equally often, times the
     weight of their folder; where there are no loose ones, those of the subjects serve, subject by subject.
     """
 

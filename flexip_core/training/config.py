@@ -49,7 +49,7 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class DropoutConfig:
-    """Shares of rows that lose their reference only, their text only, or both; and chances by which each phrase is dropped.
+    """Shares of rows that lose their reference only, their text only, or both; and the chance that each phrase is dropped.
 
     Without dropped phrases the text says everything that may vary, and the gate learns nothing but the subject.
     """
@@ -216,7 +216,7 @@ TASK_NUMBERS = {  # least and most; a whole one is a whole number
 
 
 def check_task(task: dict[str, Any], others: Collection[str]) -> None:
-    """ValueError for a setting that is neither one of `others` nor a number, and for a number that is none or out of its range."""
+    """ValueError for a setting that is neither one of `others` nor a number, and for something that is not a number or is out of range."""
     useless = "flip" if "cache" in task else "cuts"  # nothing is mirrored in a cache, and only a cache has fixed cuts
     known = [*others, *(name for name in TASK_NUMBERS if name != useless)]
     if unknown := sorted(set(task) - set(known)):

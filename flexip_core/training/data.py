@@ -62,7 +62,7 @@ def drop_phrases(
     batch: int | None = None,
     rows: slice = ALL,
 ) -> Captions:
-    """Every phrase of every caption stays or goes by itself. `captions` are the `rows` of a batch of that many rows."""
+    """Every phrase of every caption is kept or dropped independently. `captions` are the `rows` of a batch of that many rows."""
     b = len(captions) if batch is None else batch
     if isinstance(captions, torch.Tensor):
         draws = torch.rand(b, captions.shape[1], generator=generator)[rows]
@@ -98,5 +98,5 @@ def check_source(source: PairSource, cfg: TrainConfig) -> None:
         if lonely := [name for name, count in views.items() if count < 2]:
             raise ValueError(
                 f"Training data: subject {lonely[0]!r} has one picture ({len(lonely)} of {len(views)} subjects do), "
-                "variant data needs at least two of each; add one or take the subject out."
+                "and variant data needs at least two of each; add one or remove the subject."
             )

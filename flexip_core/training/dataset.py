@@ -1,4 +1,4 @@
-"""Training data as plain folders that anybody can make by hand: what lies where (the pairs are made in folders.py).
+"""Training data as plain folders that anybody can make by hand: what belongs where (the pairs are made in folders.py).
 
     dataset/
       variant/dog/  1.jpg 1.txt 1.mask.png 2.png clip.mp4 class.txt    a folder per subject, two or more pictures of it (or clips)
@@ -60,7 +60,7 @@ class Group:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """dataset.toml. A weight multiplies how often what lies in a folder comes; 0 leaves it out."""
+    """dataset.toml. A weight multiplies how often a folder's pictures are drawn; 0 leaves them out."""
 
     weights: Mapping[str, float]  # [weights] "variant/dog" = 2.0
     min_frame_gap: int = 12  # frames between two views of one clip, at least
@@ -70,14 +70,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One part ("train" or "val") of a data set, as it lies there; nothing is decoded yet but the length of clips."""
+    """One part ("train" or "val") of a data set, as it is on disk; nothing is decoded yet except the length of clips."""
 
     store: Store
     part: str
     cfg: DataConfig
     subjects: tuple[Group, ...]
     loose: tuple[Group, ...]
-    unused: tuple[str, ...]  # files that are none of the data
+    unused: tuple[str, ...]  # files that are not part of the data
 
     def caption(self, view: View) -> str:
         """White space and line ends become single spaces. "" if there is none."""
@@ -100,7 +100,7 @@ class DataSet:
 
 
 def _head(store: Store, name: str) -> bytes:
-    """All of a text. ValueError for one that is longer than anything that anybody writes there."""
+    """All of a text. ValueError for one that is longer than anybody would write there."""
     with store.open(name) as file:
         data = file.read(LONGEST_TEXT + 1)
     if len(data) > LONGEST_TEXT:
@@ -121,7 +121,7 @@ def scan(
     broken: dict[str, str] | None = None,
     alive: Callable[[], None] = lambda: None,
 ) -> DataSet:
-    """ValueError, one sentence, for what is no data set and for clips that cannot be read; the latter go to `broken` if given.
+    """ValueError, one sentence, for what is not a data set and for clips that cannot be read; the latter go to `broken` if given.
 
     `alive` is called before each clip is opened; what it raises ends the scan.
     """
@@ -156,7 +156,7 @@ def scan(
 
 
 def part_of(data: str | os.PathLike | Store | DataSet, part: str = "train") -> DataSet:
-    """As `scan`; what was scanned already is taken as it is."""
+    """As `scan`; what is already scanned is taken as it is."""
     return data if isinstance(data, DataSet) else scan(data, part)
 
 
@@ -243,7 +243,9 @@ def read_settings(store: Store, folders: Iterable[str]) -> DataConfig:
         if type(value) not in (int, float) or not 0 <= value < math.inf:
             raise ValueError(f"{SETTINGS}: the weight of {name} must be a number of at least 0, got {value!r}.")
         if name not in folders:
-            raise ValueError(f"{SETTINGS}: weights names {name!r}, which is no folder with pictures; correct the name.")
+            raise ValueError(
+                f"{SETTINGS}: weights names {name!r}, which is not a folder with pictures; correct the name."
+            )
     return DataConfig(**{**data, "weights": {name: float(value) for name, value in weights.items()}})
 
 

@@ -21,7 +21,7 @@ DELIVERED = "delivered.json"  # in the run's folder: the SHA-256 of every adapte
 
 
 def has_trained(folder: Path) -> bool:
-    """Whether the run has left anything that another run would write over. A run's folder has one set of settings from then on."""
+    """Whether the run has left anything that another run would overwrite. A run's folder has one set of settings from then on."""
     return bool(states(folder)) or any((folder / name).exists() for name in (BEST, FINAL, DELIVERED))
 
 
@@ -32,7 +32,7 @@ def refuse_foreign(folder: Path, target: Path) -> None:
     mine = {*_delivered(folder), *(_digest(folder / name) for name in (BEST, FINAL) if (folder / name).is_file())}
     if _digest(target) not in mine:
         raise ValueError(
-            f"{target.name} in {target.parent} is not of this run, so it is not written over; give the run another name, or move "
+            f"{target.name} in {target.parent} is not from this run, so it is not overwritten; give the run another name, or move "
             "the file away."
         )
 
@@ -55,13 +55,13 @@ def deliver(folder: Path, adapters: Path, target: Path, cfg: TrainConfig) -> Non
 
 def _write(folder: Path, adapters: bytes, target: Path) -> None:
     known = [*_delivered(folder), hashlib.sha256(adapters).hexdigest()]
-    # before the file itself: whatever ends the process in between, the run knows what is its own
+    # before the file itself: whatever ends the process in between, the run knows its own files
     write_atomically(folder / DELIVERED, json.dumps(list(dict.fromkeys(known))).encode())
     write_atomically(target, adapters)
 
 
 def _delivered(folder: Path) -> list[str]:
-    """A damaged list is none: then nothing is written over."""
+    """A damaged list counts as empty: then nothing is overwritten."""
     try:
         found = read_json(folder / DELIVERED)
     except (OSError, ValueError):

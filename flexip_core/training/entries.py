@@ -32,13 +32,13 @@ ENTRIES = ("latents", "text", "cls", "patches")
 SHARD_BYTES = 256 * 2**20
 SHARD_ENTRIES = 50_000  # so that its header is one that weights.py reads
 MEMO = "files.json"
-_VERSION = "1"  # of how pictures are cut; another one makes every entry anew
+_VERSION = "1"  # of how pictures are cut; another one makes all entries again
 
 
 def file_identity(
     checkpoint: str | os.PathLike, clip_vision: str | os.PathLike, dino: str | os.PathLike, cache: str | os.PathLike
 ) -> dict[str, str]:
-    """By which files the entries were made. Hashes are remembered in the cache folder until a file changes."""
+    """The files that made the entries. Hashes are remembered in the cache folder until a file changes."""
     memo = Memo(Path(cache))
     hashes = [memo.file(path) for path in (checkpoint, checkpoint, clip_vision, dino)]
     memo.save()
@@ -128,7 +128,7 @@ class Entries:
             self.flush()
 
     def flush(self) -> None:
-        """What was added is on the disk afterwards. A shard is called after what it holds, so that processes do not meet."""
+        """What was added is on the disk afterwards. A shard is named after what it holds, so that processes do not collide."""
         if self._new:
             name = hashlib.sha256("".join(sorted(self._new)).encode()).hexdigest()[:24]
             path = self.folder / f"{name}.safetensors"
@@ -198,7 +198,7 @@ def check_place(cache: str | os.PathLike, data: str | os.PathLike) -> None:
     one, other = Path(cache).resolve(), Path(data).resolve()
     if one.is_relative_to(other) or other.is_relative_to(one):
         raise ValueError(
-            f"Cache: {cache} is the folder of the pictures, or one lies inside the other; choose a folder of its own."
+            f"Cache: {cache} is the folder of the pictures, or one lies inside the other; choose a separate folder."
         )
 
 

@@ -1,4 +1,4 @@
-"""The image encoders that adapters are trained for: what a file holds, why another one does not serve, which to take by itself."""
+"""The image encoders that adapters are trained for: what a file holds, why another one does not fit, and which one to take by default."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOLD_BY_SHAPES = {"clip_vision": clip_scorer, "dino": dino_scorer}
 
 
 def encoder_in(role: str, path: str | Path) -> ClipConfig | DinoConfig:
-    """The tower in this file: FlexIP's own where it fits, else told by the shapes (heads and activation: scorer_files).
+    """The tower in this file: FlexIP's own where it fits, otherwise recognised by the shapes (heads and activation: scorer_files).
 
     ValueError, one sentence with the role, the file, what it is and what is needed. Reads no more than the header and one tensor.
     """
@@ -53,7 +53,7 @@ def choose(role: str, paths: Mapping[str, str], where: str) -> str:
     taken = min(found)
     equal = sorted(name for *rank, _, name in found if rank == list(taken[:2]))
     if len(equal) > 1:
-        logging.info("%s: %s, taken of %d that serve equally: %s.", role, taken[-1], len(equal), ", ".join(equal))
+        logging.info("%s: %s, chosen from %d that fit equally: %s.", role, taken[-1], len(equal), ", ".join(equal))
     return paths[taken[-1]]
 
 

@@ -39,7 +39,7 @@ _TEMPLATES = {
 
 @dataclass(frozen=True)
 class Item:
-    """One file to be: a copy of `source`, or `content`."""
+    """One file to write: a copy of `source`, or `content`."""
 
     name: str  # in the plain layout
     source: Path | None = None
@@ -56,11 +56,11 @@ def import_data(
     to: str | None = None,
     views: int | None = None,
 ) -> int:
-    """Number of pictures and clips that lie in `target` afterwards. An interrupted import goes on by the same call.
+    """Number of pictures and clips in `target` afterwards. The same call continues an interrupted import.
 
     way "link" makes hard links instead of copies where it can: no disk space, but whoever edits a picture in `target` edits the
     source's. `pictures`: where an ip_adapter list's files lie, unless beside it. `to`: "variant" or "invariant", for kohya.
-    `views`: take at most so many of each subject, evenly over the sequence. ValueError, one sentence, for what does not fit.
+    `views`: take at most this many of each subject, evenly over the sequence. ValueError, one sentence, for what does not fit.
     """
     if kind not in KINDS:
         raise ValueError(f"Import: the kind {kind!r} is unknown; choose {', '.join(KINDS)}.")
@@ -128,7 +128,7 @@ def _bring(items: list[Item], target: Path, about: Mapping[str, str | None], way
 
 
 def _check_pixels(source: Path) -> None:
-    """A picture that training would refuse for its size is not brought. What is no picture at all `check` tells."""
+    """A picture that training would refuse for its size is not imported. `check` reports what is not a picture at all."""
     try:
         open_picture(source).close()
     except TooLarge as error:
@@ -162,7 +162,7 @@ def _place(item: Item, path: Path, way: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise RuntimeError(
-            f"Import: {source} cannot be brought to {path} ({error.strerror}); check disk space."
+            f"Import: {source} cannot be written to {path} ({error.strerror}); check disk space."
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -219,7 +219,7 @@ def _mask_of(path: Path) -> Path | None:
 
 
 def _with_masks(paths: Iterable[Path], endings: tuple[str, ...]) -> Iterator[tuple[Path, Path | None]]:
-    """Of these files the pictures and clips (`endings`), each with the mask beside it; masks of unsure meaning are left out and said."""
+    """Of these files the pictures and clips (`endings`), each with the mask beside it; masks of uncertain meaning are left out and reported."""
     by_folder: dict[Path, list[Path]] = {}
     for path in paths:
         by_folder.setdefault(path.parent, []).append(path)
@@ -230,7 +230,7 @@ def _with_masks(paths: Iterable[Path], endings: tuple[str, ...]) -> Iterator[tup
                 yield path, folder / found.of[path.name] if path.name in found.of else None
         if found.left_out:
             logging.warning(
-                "Import: %d masks in %s are left out, because white may mean the ground in them: %s. Rename them to NAME.mask.png "
+                "Import: %d masks in %s are left out, because in them white may mean the background: %s. Rename them to NAME.mask.png "
                 "where white is the subject.",
                 len(found.left_out),
                 folder,
@@ -309,7 +309,7 @@ def _captioned(root: Path, kind: str, loose: bool) -> Iterator[Item]:
 
 
 def _files(folder: Path, depth: int) -> Iterator[Path]:
-    """The files that lie `depth` folders below, sorted; hidden ones are passed over."""
+    """The files that lie `depth` folders below, sorted; hidden ones are skipped."""
     for path in sorted(folder.iterdir()):
         if is_system(path.name):
             continue

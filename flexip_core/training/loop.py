@@ -254,7 +254,7 @@ class Trainer:
         return network * (1 + (self.average is not None)) + 2 * sum(p.nbytes for p in self.parameters.values())
 
     def resume(self, path: Path | None) -> None:
-        """Goes on from the state that rank 0 gives; its path does not matter at the others."""
+        """Continues from the state that rank 0 gives; its path does not matter on the others."""
         progress, tensors = Progress(), {}
         with self.ranks.together():
             if self.ranks.first:
@@ -311,7 +311,7 @@ class Trainer:
             network.load_state_dict(tensors, strict=False)
 
     def _identity(self) -> str:
-        """What must be the same at all ranks, so that they stay alike: settings, first weights, base, and how much data."""
+        """What must be the same at all ranks, so that they stay identical: settings, first weights, base, and how much data."""
         if self.ranks.count == 1:
             return ""
         settings = {k: v for k, v in self.cfg.to_dict().items() if k not in ("device", "folder", "task", "start_from")}
@@ -394,7 +394,7 @@ def keep_log_up_to(path: Path, step: int) -> None:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and parse_json(line)["step"] <= step]
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path} is damaged; take it away to go on without it.") from None
+            raise ValueError(f"{path} is damaged; remove it to continue without it.") from None
         write_atomically(path, "".join(kept).encode())
 
 

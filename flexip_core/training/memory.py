@@ -1,4 +1,4 @@
-"""How much memory a training takes, counted and not guessed: every tensor that the step would hold, without holding any.
+"""How much memory a training run takes, counted and not guessed: every tensor that the step would hold, without holding any.
 
 The UNet and the adapters are built from their configs alone, with torch's fake tensors (shapes without values); one forward pass then
 says which tensors autograd would keep. Not counted: the workspace of kernels, what the allocator leaves unused, the encoders at work.

@@ -34,7 +34,7 @@ def make_optimizer(parameters: dict[str, nn.Parameter], cfg: OptimizerConfig) ->
 
 
 def decays(key: str, parameter: nn.Parameter) -> bool:
-    """Weight decay pulls at matrices, not at norms, biases and learned queries."""
+    """Weight decay acts on matrices, not on norms, biases and learned queries."""
     return parameter.dim() == 2 and not key.endswith("queries")
 
 

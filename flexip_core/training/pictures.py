@@ -145,7 +145,7 @@ def subject_box(mask: Image.Image) -> tuple[int, int, int, int] | None:
 
 
 def _subject(picture: Picture, cut: Cut, size: int) -> Image.Image:
-    """A square around the subject; around it and beyond the picture's edges there is only ground."""
+    """A square around the subject; around it and beyond the picture's edges there is only background."""
     left, top, right, bottom = subject_box(picture.mask)
     side = round(max(right - left, bottom - top) * (1 + 2 * cut.margin))
     x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
@@ -184,7 +184,7 @@ class Budget:
 
     @contextlib.contextmanager
     def held(self, pixels: int) -> Iterator[None]:
-        """Waits until they are free. A thread holds one picture at a time, so nobody waits for somebody who waits."""
+        """Waits until they are free. A thread holds one picture at a time, so no thread waits for a waiting one."""
         pixels = min(pixels, self.most)
         with self._change:
             self._change.wait_for(lambda: self.used + pixels <= self.most)
@@ -203,7 +203,7 @@ DECODING = Budget(DECODED)
 def pixels_of(file: BinaryIO, name: str, at_least: int | None = None) -> int:
     """How many pixels decoding will give (a frame of a clip, a picture as `decode_picture` reads it), by the header alone.
 
-    ValueError naming what cannot be read; `file` stands at its begin again.
+    ValueError naming what cannot be read; `file` is at its beginning again.
     """
     try:
         if os.path.splitext(name)[1].lower() in CLIPS:
@@ -265,7 +265,7 @@ def decode_mask(file: BinaryIO, name: str, size: tuple[int, int]) -> Image.Image
         if image.size != size:
             raise MaskMisfit(
                 f"Training data: the mask {name} has {image.width} x {image.height} pixels, its picture {size[0]} x {size[1]}; "
-                "make it anew at the picture's size."
+                "make it again at the picture's size."
             )
         image.load()
         image = _eight_bit(image)
@@ -328,7 +328,7 @@ def clip_length(file: BinaryIO, name: str) -> int:
     with _opened_clip(file, name) as stream:
         frames = stream.frames or sum(packet.size > 0 for packet in stream.container.demux(stream))
         if frames > size:  # no format keeps a frame in less than a byte
-            raise ValueError(f"its header tells of {frames} frames, which its {size} bytes cannot hold")
+            raise ValueError(f"its header claims {frames} frames, which its {size} bytes cannot hold")
         return frames
 
 
@@ -357,7 +357,7 @@ def decode_frame(file: BinaryIO, name: str, number: int, frames: int) -> Image.I
 def _opened_clip(file: BinaryIO, name: str) -> Iterator[Any]:
     """The first video stream. Whatever fails while it is open is a ValueError naming the clip.
 
-    The reader goes by the name's ending: by contents FFmpeg would find lists and session descriptions, too, and follow them to
+    The reader is chosen by the name's ending: by contents, FFmpeg would also find lists and session descriptions, and follow them to
     other files and into the network.
     """
     av = _av()

@@ -1,6 +1,6 @@
-"""How far real training is: a few pictures at three gates on fixed seeds, scored, and shown in the run's folder.
+"""How far real training has come: a few pictures at three gates on fixed seeds, scored, and shown in the run's folder.
 
-The scores are made with encoders that training itself uses, so they tell how a run goes on, not how good it is against others
+The scores are made with encoders that training itself uses, so they tell how a run is going, not how good it is compared with others
 (for that: flexip_core.evaluation, with encoders of its own).
 
     identity_G  cosine of DINO's [CLS] with the reference's: the subject

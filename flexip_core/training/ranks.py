@@ -28,9 +28,9 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all; the default is a process alone, for which nothing below costs or changes anything.
+    """This process among all of them; the default is a single process, for which nothing below costs or changes anything.
 
-    All ranks must call the methods that talk (`any`, `check`, `together`, `agree`, `send`, `sum`) in the same order.
+    All ranks must call the methods that communicate (`any`, `check`, `together`, `agree`, `send`, `sum`) in the same order.
     """
 
     rank: int = 0
@@ -81,7 +81,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """The ranks leave the block together: if one fails in it, all raise."""
+        """All ranks leave the block together: if one fails in it, all raise."""
         failure = None
         try:
             yield
@@ -131,7 +131,7 @@ class Ranks:
         except RuntimeError as error:  # a closed connection, or silence for as long as TIMEOUT
             raise TrainingError(
                 f"Rank {self.rank} lost the others: one was killed, its machine failed, or it was silent for too long; "
-                f"look at their last words and resume from the last state ({str(error).splitlines()[0]})."
+                f"look at their last messages and resume from the last state ({str(error).splitlines()[0]})."
             ) from error
 
 
@@ -139,7 +139,7 @@ class Ranks:
 def joined(device: str, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """The ranks that the launcher's variables describe; a process alone without them.
 
-    A process that leaves with an error closes its connections only by ending: a farewell would wait for ranks that are stuck.
+    A process that leaves with an error closes its connections only by ending: closing them itself would wait for ranks that are stuck.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:

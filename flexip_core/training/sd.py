@@ -245,7 +245,7 @@ def load_text_encoder(checkpoint: Checkpoint, text: TextEncoder) -> nn.Module:
         named = convert_open_clip_checkpoint(module, tensors, prefix=text.prefix)
     else:
         named = convert_ldm_clip_checkpoint(tensors)
-    # old files have no "text_model.", the CLIPTextModel of transformers since 5.6 neither
+    # old files have no "text_model.", nor has the CLIPTextModel of transformers since 5.6
     start = "text_model." if hasattr(module, "text_model") else ""
     named = {
         key if key.startswith("text_projection.") else start + key.removeprefix("text_model."): value
@@ -272,7 +272,7 @@ class Vae(nn.Module):
         self.tiny = checkpoint.tiny_vae
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """The mean of what the encoder says."""
+        """The mean of what the encoder gives."""
         found = self.model.encode(pictures)
         return found.latents / self.scale + self.shift if self.tiny else found.latent_dist.mode()
 
@@ -290,7 +290,7 @@ def _kl(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def _tiny(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> nn.Module:
-    """diffusers counts the layers of the encoder alike, in the decoder it leaves out the first one, which has no weights."""
+    """diffusers counts the encoder's layers in the same way; in the decoder it leaves out the first one, which has no weights."""
     from diffusers import AutoencoderTiny
 
     with torch.device("meta"):
@@ -391,7 +391,7 @@ def fill_cache(cfg: TrainConfig, patches: bool = False, dry_run: bool = False, t
     task = dict(cfg.task)
     if "cache" not in task or str(task.get("make")) != "flexip_core.training.sd:make":
         raise ValueError(
-            'The config\'s [task] must have make = "flexip_core.training.sd:make" and cache = "a folder" to keep things in.'
+            'The config\'s [task] must have make = "flexip_core.training.sd:make" and cache = "a folder" to keep the results in.'
         )
     check_place(task["cache"], task["data"])
     files = [task[name] for name in ("checkpoint", "clip_vision", "dino")]

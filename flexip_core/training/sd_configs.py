@@ -85,14 +85,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def _describe(header: Header) -> Checkpoint:
     shapes = header.shapes
     if f"{UNET}input_blocks.0.0.weight" not in shapes:
-        raise ValueError(f"is no Stable Diffusion checkpoint in ComfyUI's layout; {_CHOOSE}")
+        raise ValueError(f"is not a Stable Diffusion checkpoint in ComfyUI's layout;  {_CHOOSE}")
     family = _family(header)
     texts = _texts(shapes, family)
     unet = _unet(shapes, family)
     width = sum(text.config["hidden_size"] for text in texts)
     if unet["cross_attention_dim"] != width:
         raise ValueError(
-            f"has a UNet that reads text {unet['cross_attention_dim']} wide, its text encoders give {width}; {_CHOOSE}"
+            f"has a UNet that reads text of width {unet['cross_attention_dim']}, but its text encoders give {width}; {_CHOOSE}"
         )
     vae, tiny = _vae(shapes)
     return Checkpoint(header.path, family, unet, texts, vae, tiny, _BY_FAMILY[family], *prediction(header), shapes)
@@ -108,7 +108,9 @@ def _family(header: Header) -> str:
     shapes = header.shapes
     channels = shapes[f"{UNET}input_blocks.0.0.weight"][1]
     if channels == 9:
-        raise ValueError("is an inpainting model (9 input channels), adapters are trained on the plain one; " + _CHOOSE)
+        raise ValueError(
+            "is an inpainting model (9 input channels), but adapters are trained on the plain one; " + _CHOOSE
+        )
     if channels != LATENT_CHANNELS:
         raise ValueError(f"has a UNet with {channels} input channels instead of {LATENT_CHANNELS}; {_CHOOSE}")
     if "edm_vpred.sigma_max" in shapes:
@@ -122,7 +124,7 @@ def _family(header: Header) -> str:
     if not any(key.startswith("conditioner.embedders.1.") for key in shapes) and any(
         key.startswith("conditioner.embedders.0.model.") for key in shapes
     ):
-        raise ValueError("is the SDXL refiner, adapters are trained on the SDXL base; choose that")
+        raise ValueError("is the SDXL refiner, but adapters are trained on the SDXL base; choose that")
     return "SDXL"
 
 

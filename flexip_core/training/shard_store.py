@@ -93,7 +93,7 @@ class ShardStore:
 
 
 def _index(shard: Path) -> dict[str, tuple[int, int, str]]:
-    """Plain name -> where it begins, its length, its sha256 ("" if nobody counted it)."""
+    """Plain name -> where it begins, its length, its sha256 ("" if not known)."""
     try:
         index, size = read_json(index_path(shard)), shard.stat().st_size
         if index["format"] == FORMAT and index["bytes"] == size:
@@ -130,7 +130,7 @@ def _index_from_headers(shard: Path) -> dict[str, tuple[int, int, str]]:
         raise
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise ValueError(
-            f"Shards: {shard.name} is damaged or no tar file ({str(error)[:160]}); copy it again."
+            f"Shards: {shard.name} is damaged or not a tar file ({str(error)[:160]}); copy it again."
         ) from None
 
 

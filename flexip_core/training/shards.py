@@ -4,10 +4,10 @@ A sample is one subject, or as many of its views as `VIEWS`; a loose picture is 
 `0000012-mug.000.jpg 0000012-mug.000.txt 0000012-mug.000.mask.png 0000012-mug.001.jpg ... 0000012-mug.json`; what follows the first
 dot is the field of the `webdataset` library. The JSON says what it is and what each file is called in the plain layout.
 
-Training does not stream. Shards are read through an index of names, places and lengths (beside each shard, or made anew from its
-headers), so that a batch is the same function of (seed, step, rank) as from folders, and a resumed run goes on bit by bit. The
+Training does not stream. Shards are read through an index of names, places and lengths (beside each shard, or made again from its
+headers), so that a batch is the same function of (seed, step, rank) as from folders, and a resumed run continues bit for bit. The
 index takes about half a kilobyte of memory per file. Whoever streams the shards with `webdataset` instead (ResampledShards,
-RandomMix of variant-*.tar and invariant-*.tar) cannot go back to a position: seed by (seed, step, rank) there.
+RandomMix of variant-*.tar and invariant-*.tar) cannot go back to a position; they should seed by (seed, step, rank).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Sample:
 def pack(folder: str | os.PathLike, target: str | os.PathLike, shard_bytes: int = SHARD_BYTES) -> list[Path]:
     """The shards of a plain folder, in `target`. The same folder gives the same bytes; a shard may exceed the size by one sample.
 
-    An interrupted run is begun again by the same call. ValueError for a target that holds anything else.
+    The same call starts an interrupted run again. ValueError for a target that holds anything else.
     """
     if shard_bytes < 1:
         raise ValueError(f"Packing: shards must have at least 1 byte, got {shard_bytes}.")

@@ -38,7 +38,7 @@ def contact_sheet_of_pairs(source: FolderPairs, n: int, seed: int) -> Image.Imag
 
 
 def choose_pairs(source: FolderPairs, n: int, seed: int) -> list[Pair]:
-    """No subject and no loose picture comes again before all have come, however often training draws it.
+    """No subject and no loose picture is shown again before all have been shown, however often training draws it.
 
     Many invariant references are their whole target: where others can be drawn, one of those is shown, or both halves are alike.
     """

@@ -23,7 +23,7 @@ UNSAFE = "which leaves the folder, has a backslash or a colon, or is kept by Win
 class Store(Protocol):
     """Where the files of a data set are: a folder or shards. Names are relative, with slashes."""
 
-    label: str  # how messages call it
+    label: str  # what messages call it
 
     def names(self) -> list[str]:
         """All files, sorted."""
@@ -56,7 +56,7 @@ class FolderStore:
                 if is_system(entry.name):
                     continue
                 if not name.isprintable():
-                    raise ValueError(f"Training data: {name!r} in {self.label} is no readable file name; rename it.")
+                    raise ValueError(f"Training data: {name!r} in {self.label} is not a readable file name; rename it.")
                 inside = within
                 if entry.is_symlink() or _is_junction(entry):
                     inside = (*within, self._behind(name, Path(entry.path), (*within, folder.resolve())))

@@ -2,7 +2,7 @@
 
 ComfyUI recognises a family by a few shapes (comfy/model_detection.py) and takes the rest from the file: the UNet may
 have few and narrow levels, the VAE may be a TAESD. Only the text encoders must have their full size, because their
-layers and widths are fixed; a missing one would stay uninitialised memory (who loads the file by code may say how many
+layers and widths are fixed; a missing one would stay uninitialised memory (code that loads the file may say how many
 layers there are). So every tensor is a strided view into a few
 shared pools: torch.save stores each pool once, torch.load(weights_only=True) restores the views, and the file stays
 small whatever the widths. (Safetensors writes views out in full, hence the .ckpt.)
@@ -84,7 +84,7 @@ def make_base(
 ) -> None:
     """Writes a checkpoint (UNet, text encoders, VAE) to `path`, which must end in .ckpt.
 
-    `text_layers` of CLIP-L and bigG: fewer than the real ones only for who tells ComfyUI. `full_vae`: SD's own, not a TAESD.
+    `text_layers` of CLIP-L and bigG: fewer than the real ones only if ComfyUI is told. `full_vae`: SD's own, not a TAESD.
     """
     if Path(path).suffix != ".ckpt":
         raise ValueError(f"A mini checkpoint is a .ckpt file (its tensors share memory), got {Path(path).name}.")

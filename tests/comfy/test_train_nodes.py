@@ -269,7 +269,7 @@ def test_a_cancel_ends_the_check_of_the_data(place):
     [
         ({"dino": "clip.safetensors"}, "dino: clip.safetensors .*is CLIP .*training needs a DINOv2"),
         ({"clip_vision": "dino.safetensors"}, "clip_vision: dino.safetensors .*is DINOv2 .*training needs a CLIP ViT"),
-        ({"checkpoint": "clip.ckpt"}, "clip.ckpt .*is no Stable Diffusion checkpoint"),
+        ({"checkpoint": "clip.ckpt"}, "clip.ckpt .*is not a Stable Diffusion checkpoint"),
     ],
 )
 def test_a_file_of_the_wrong_kind_is_refused_before_anything_starts(place, models, changes, sentence):
@@ -367,7 +367,7 @@ def test_a_run_that_is_being_trained_is_told_and_other_settings_are_not_smuggled
     with background.locked(place.folder):
         assert "mine is being trained" in execute().args[1] and not place.started
         monkeypatch.setattr(background, "start", START)
-        with pytest.raises(ValueError, match="is being trained already"):
+        with pytest.raises(ValueError, match="is already being trained"):
             execute(batch=5)
 
 
@@ -385,7 +385,7 @@ def test_adapters_stay_when_the_states_of_a_run_are_gone_and_other_settings_come
         with pytest.raises(ValueError, match=f"FlexIPTrain: .*{sentence}"):
             execute(**changes)
     (place.folder / background.FINAL).unlink()
-    with pytest.raises(ValueError, match="FlexIPTrain: mine.safetensors .* is not of this run"):
+    with pytest.raises(ValueError, match="FlexIPTrain: mine.safetensors .* is not from this run"):
         execute(learning_rate=1e-4)
     assert not place.started and place.adapters.read_bytes() == b""
 
@@ -394,7 +394,7 @@ def test_adapters_of_this_name_that_came_from_elsewhere_stay(place, cfg):
     put_run(place, cfg, 10, finished=True)
     place.adapters.write_bytes(b"another's")
     (place.folder / "state_00000010.safetensors").touch()
-    with pytest.raises(ValueError, match="FlexIPTrain: mine.safetensors .* is not of this run"):
+    with pytest.raises(ValueError, match="FlexIPTrain: mine.safetensors .* is not from this run"):
         execute(steps=20)
     assert not place.started
 

@@ -180,7 +180,7 @@ def test_the_commands_say_what_they_found_and_did(made):
     assert "5 subjects with 15 views" in made.said["check"] and "Nothing is wrong." in made.said["check"]
     sheet = Image.open(made.root / "pairs.png")
     assert sheet.width > 1000 and len(sheet.getcolors(2**24)) > 10_000, "photographs"
-    assert "entries are there" in made.said["cache"]
+    assert "entries already there" in made.said["cache"]
     assert "Stopped after step 1;" in made.said["run"]
     assert "Resumed at step 1." in made.said["run+"]
     for name in ("stopped", "whole"):
@@ -247,7 +247,7 @@ def test_the_training_nodes_end_in_the_adapters_of_the_commands(comfyui):
     assert ": starting at" in report or ": running at" in report
     assert preview.std() == 0, "grey before the first one"
     assert "is being trained" in train(comfyui)[1], "queued twice: nothing is started, nothing fails"
-    with pytest.raises(ValueError, match="FlexIPTrain: .*is being trained already"):
+    with pytest.raises(ValueError, match="FlexIPTrain: .*is already being trained"):
         train(comfyui, batch=4)
     wait_for(lambda: background.status(folder).step >= 1 or not background.is_running(folder))
     assert "queue this node once more" in look("stop")[0] and "asked to stop" in look("stop")[0]

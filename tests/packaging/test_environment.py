@@ -88,7 +88,7 @@ def test_installation_without_one_is_run_by_this_python(tmp_path: Path) -> None:
 def test_folders_that_are_no_installation(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="is not a ComfyUI folder"):
         environment.find_installation(tmp_path)
-    with pytest.raises(SetupError, match=f"needs ComfyUI {OLDEST} or newer, the one in .* is 0.9.12"):
+    with pytest.raises(SetupError, match=f"needs ComfyUI {OLDEST} or newer, but the one in .* is 0.9.12"):
         environment.find_installation(make_tree(tmp_path / "old", "0.9.12"))
 
 
@@ -104,7 +104,7 @@ def test_supported_pythons(version: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("version", [(3, 9), (3, 14)])
 def test_other_pythons_are_refused(version: tuple[int, int]) -> None:
-    with pytest.raises(SetupError, match=r"Python 3.10 to 3.13 is needed, this is Python 3"):
+    with pytest.raises(SetupError, match=r"Python 3.10 to 3.13 is needed, but this is Python 3"):
         environment.check_python_version(version)
 
 

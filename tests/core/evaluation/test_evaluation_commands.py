@@ -147,7 +147,7 @@ def test_a_missing_picture_stops_the_scoring_and_is_named(place, caplog, tmp_pat
         (["generate", "BENCH", "x", "--server", "y", "--gates", "0,1", "--strengths", "1"], "exclude each other"),
         (["generate", "BENCH", "x", "--server", "y", "--gates", "0, 2"], "from 0 to 1"),
         (["generate", "BENCH", "x", "--server", "y", "--set", "steps"], "write --set steps=..."),
-        (["compare", "BENCH/prompts.txt", "--to", "x"], "no file of scores"),
+        (["compare", "BENCH/prompts.txt", "--to", "x"], "not a file of scores"),
         (["score", "--mini-world", "omit", "--run", "mine", "--to", "x"], "flexip and ip"),
     ],
 )
@@ -171,7 +171,7 @@ def test_the_small_world_is_scored_out_of_the_box(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, says", [(None, "There is no file"), ('{"gates": []}', "it has no 'format'"), ("[1]", "no file of scores")]
+    "text, says", [(None, "There is no file"), ('{"gates": []}', "it has no 'format'"), ("[1]", "not a file of scores")]
 )
 def test_what_is_no_file_of_scores_is_told_in_a_sentence(caplog, tmp_path, text, says):
     path = tmp_path / "scores.json"

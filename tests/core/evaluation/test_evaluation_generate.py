@@ -420,7 +420,7 @@ def test_waiting_ends_with_the_timeout(fake: FakeComfy) -> None:
 
 @pytest.mark.parametrize("url", ["", "ftp://host", "http://", "file:///etc/passwd"])
 def test_what_is_no_address_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="is no address of a server"):
+    with pytest.raises(ValueError, match="is not the address of a server"):
         ComfyClient(url)
 
 
@@ -429,7 +429,7 @@ def test_addresses_as_people_write_them() -> None:
 
 
 def test_something_else_than_comfyui_is_told(fake: FakeComfy) -> None:
-    with pytest.raises(ServerError, match="with something else than JSON; is it ComfyUI"):
+    with pytest.raises(ServerError, match="with something other than JSON; is it ComfyUI"):
         ComfyClient(fake.url).get("/nothing")
 
 
@@ -504,9 +504,9 @@ def test_the_shipped_workflow_asks_for_the_files() -> None:
 def test_what_is_no_workflow_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     for text, words in (
-        ("[1]", "is no workflow; save one"),
+        ("[1]", "is not a workflow; save one"),
         ("x", "it is not JSON"),
-        ('{"a": 1}', "is no workflow; save"),
+        ('{"a": 1}', "is not a workflow; save"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=words):

@@ -144,7 +144,7 @@ def test_txt_wins_over_caption(tmp_path):
 NOTHING = {
     "too deep": (
         ["variant/dogs/rex/a.png", "variant/dogs/rex/b.png"],
-        "pictures lie a folder too deep: variant/dogs/rex/a.png",
+        "pictures lie one folder too deep: variant/dogs/rex/a.png",
     ),
     "unread format": (
         ["variant/m/a.HEIC", "variant/m/b.avif"],

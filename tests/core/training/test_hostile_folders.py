@@ -143,9 +143,9 @@ def test_damaged_json_of_an_evaluation_is_a_sentence(tmp_path, text):
         (tmp_path / name).write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match="is not a file of scores"):
         scores_file.read(tmp_path / "scores.json")
-    with pytest.raises(ValueError, match="is no header of a run"):
+    with pytest.raises(ValueError, match="is not the header of a run"):
         run_file.joined(tmp_path, {})
-    with pytest.raises(ValueError, match="is no workflow"):
+    with pytest.raises(ValueError, match="is not a workflow"):
         read_recipe(tmp_path / "scores.json", {}, dict)
     (tmp_path / "log.jsonl").write_text(text + "\n", encoding="latin-1")
     with pytest.raises(ValueError, match="log.jsonl is damaged"):

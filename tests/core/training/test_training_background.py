@@ -60,7 +60,7 @@ def test_a_run_is_stopped_and_gone_on_with_to_the_same_weights(tmp_path):
     start(cfg, tmp_path / "models" / "stopped.safetensors")
     folder = tmp_path / "stopped"
     assert background.status(folder).state in ("starting", "running")
-    with pytest.raises(ValueError, match="trained already"):
+    with pytest.raises(ValueError, match="already being trained"):
         start(cfg)
     with pytest.raises(ValueError, match="The run stopped is being trained on cpu"):
         start(config(tmp_path / "another"))
@@ -93,7 +93,7 @@ def test_the_process_outlives_signals_to_its_starter_and_its_end_is_told(tmp_pat
     wait_for(lambda: background.status(folder).step >= 1)
     os.kill(pid, signal.SIGKILL)
     found = ended(folder)
-    assert found.state == "failed" and "goes on from its last state" in found.why
+    assert found.state == "failed" and "continues from its last state" in found.why
     with background.locked(folder):
         pass
 

@@ -36,11 +36,11 @@ def test_a_run_may_write_again_what_it_wrote_and_nothing_else(tmp_path, caplog):
     assert train(tmp_path, "--resume", steps=3) == 0
     assert (tmp_path / MODELS).read_bytes() != adapters, "its own adapters, trained further"
 
-    assert train(tmp_path, name="another") == 1 and "is not of this run" in caplog.text
+    assert train(tmp_path, name="another") == 1 and "is not from this run" in caplog.text
     assert not (tmp_path / "another" / FINAL).exists(), "it is said before anything is trained"
     (tmp_path / MODELS).write_bytes(b"another's")
     caplog.clear()
-    assert train(tmp_path, "--resume", steps=4) == 1 and "is not of this run" in caplog.text
+    assert train(tmp_path, "--resume", steps=4) == 1 and "is not from this run" in caplog.text
     assert main(["export", str(tmp_path / "run"), str(tmp_path / MODELS)]) == 1
     assert (tmp_path / MODELS).read_bytes() == b"another's"
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "new.safetensors")]) == 0
@@ -105,7 +105,7 @@ def test_without_its_states_a_folder_with_adapters_takes_no_other_settings(tmp_p
         caplog.clear()
         assert train(tmp_path, "--resume", **changes) == 1 and sentence in caplog.text
     (tmp_path / "run" / background.CONFIG).unlink()
-    assert train(tmp_path) == 1 and "nothing says with which settings" in caplog.text
+    assert train(tmp_path) == 1 and "nothing says which settings" in caplog.text
     assert (tmp_path / "run" / FINAL).read_bytes() == final
 
 
@@ -113,12 +113,12 @@ def test_a_file_that_comes_while_a_run_trains_stays(tmp_path):
     cfg, mine = fakes.config(tmp_path), tmp_path / "mine.safetensors"
     save_checkpoint(make_network(cfg, fakes.FakeBase()), mine, about={"steps": 1, "weights": "average"})
     (tmp_path / MODELS).write_bytes(b"another's")
-    with pytest.raises(ValueError, match="is not of this run"):
+    with pytest.raises(ValueError, match="is not from this run"):
         delivery.deliver(tmp_path, mine, tmp_path / MODELS, cfg)
     assert (tmp_path / MODELS).read_bytes() == b"another's"
     delivery.deliver(tmp_path, mine, tmp_path / "free", cfg)
     (tmp_path / delivery.DELIVERED).write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="is not of this run"):  # who cannot tell writes over nothing
+    with pytest.raises(ValueError, match="is not from this run"):  # who cannot tell writes over nothing
         delivery.deliver(tmp_path, mine, tmp_path / "free", cfg)
 
 

@@ -178,7 +178,7 @@ def shaped(key, *shape):
         (shaped("cond_stage_model.model.ln_final.weight", 1024), "is a Stable Diffusion 2"),
         (drop("cond_stage_model."), "holds no text encoder"),
         (drop("first_stage_model."), "holds no VAE"),
-        (drop(UNET), "is no Stable Diffusion checkpoint in ComfyUI's layout"),
+        (drop(UNET), "is not a Stable Diffusion checkpoint in ComfyUI's layout"),
         (drop(f"{UNET}output_blocks.1.1.transformer_blocks."), "not laid out evenly"),
         (drop(f"{UNET}out.2."), "lacks the tensor 'model.diffusion_model.out.2.weight'"),
         (shaped("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight", 9, 768), "is not CLIP's"),
