@@ -72,9 +72,7 @@ def read(path: Path) -> Scores:
     try:
         data = read_json(path)
         if data["format"] != FORMAT:
-            raise ValueError(
-                f"{path} has the format {data['format']}, and this version reads {FORMAT}; score again."
-            )
+            raise ValueError(f"{path} has the format {data['format']}, and this version reads {FORMAT}; score again.")
         rows = tuple(Row(**row) for row in data["rows"])
         parts = {name: data[name] for name in ("method", "header", "columns", "missing")}
     except FileNotFoundError:

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..encoders.towers import ClipTower, DinoTower
 from ..files.weights import read_header, read_tensors, write_atomically
 from ..training.base import Text
+from ..training.data import Captions
 from ..training.draws import generator
 from ..training.losses import add_noise, min_snr_weights, noise_loss
 from . import world
@@ -45,7 +47,7 @@ def make_unet(device: str = "cpu") -> nn.Module:
     from diffusers import UNet2DConditionModel  # not needed for anything that runs in ComfyUI
 
     with torch.device(device):
-        return UNet2DConditionModel(**UNET)
+        return cast(nn.Module, UNet2DConditionModel(**UNET))
 
 
 class MiniBase:
@@ -71,7 +73,9 @@ class MiniBase:
     def device(self) -> torch.device:
         return self.alphas_cumprod.device
 
-    def encode_text(self, captions: Tensor) -> Text:
+    def encode_text(self, captions: Captions) -> Text:
+        if not isinstance(captions, Tensor):
+            raise ValueError(f"{self.name} reads captions that are numbers of words; this source gives texts.")
         return Text(self.text(captions.to(self.device)))
 
     def empty_text(self) -> Text:
