@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ def measure_runs(bench: Bench) -> dict[str, dict[str, float]]:
     found = {}
     for name, settings, run in queued:
         model = bench.gated("outputs", reference=reference, **settings)
-        found[name] = dataclasses.asdict(count(lambda: bench.sample(model, 1, **run)) - bare)
+        found[name] = dataclasses.asdict(count(functools.partial(bench.sample, model, 1, **run)) - bare)
     return found
 
 
