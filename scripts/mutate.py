@@ -158,6 +158,20 @@ MUTATIONS = (
         ORACLE,
     ),
     Mutation(
+        "a block is not put under the two-part key, too",
+        "nodes/runtime.py",
+        "            model.set_model_attn2_replace(patch, kind, number)\n",
+        "            pass\n",
+        ("tests/comfy/test_neighbours.py",),
+    ),
+    Mutation(
+        "no room is asked for K and V",
+        "nodes/runtime.py",
+        "if run is not None and (bytes_per_row := run.bytes_per_row()):",
+        "if run is not None and not (bytes_per_row := run.bytes_per_row()):",
+        ("tests/comfy/test_life_cycle.py::test_comfyui_makes_room_for_k_and_v_of_every_row",),
+    ),
+    Mutation(
         "tags also stay in the conditionings of the next run",
         "nodes/runtime.py",
         'entry["model_conds"] = {**entry["model_conds"], tags.TAG: tags.tag(number, batch)}',
@@ -183,7 +197,7 @@ MUTATIONS = (
         "nodes/runtime.py",
         'model.get_model_object("manual_cast_dtype") or model.model.get_dtype()',
         "model.model.get_dtype()",
-        ("tests/comfy/test_numerics.py",),
+        ("tests/comfy/test_numerics.py::test_the_dtype_that_a_later_node_computes_in_is_followed",),
     ),
 )
 
