@@ -158,6 +158,14 @@ def test_layouts_that_come_in_turns_are_assembled_once(monkeypatch):
         assert len(made) == expected
 
 
+def test_a_mask_is_an_object_of_its_own_in_every_branch():
+    """torch.compile would make one input of a tensor that it meets twice, and go on doing so when they differ."""
+    run = run_of([Link(NETWORKS["outputs"], None, REFERENCES[0], (0.4,), mask=MASKS[1])])
+    branches, _ = run.assemble(call_of([(0, 0), (2, 0)], False), None)
+    places = [branch.place for parts in branches.values() for branch in parts]
+    assert len(places) == len({id(place) for place in places}) == 2 * len(LEVELS)
+
+
 def test_what_is_kept_is_bounded_by_bytes_and_the_last_used_stay(monkeypatch):
     entry = lru.ENTRY
     monkeypatch.setattr(lru, "ROOM", 100 * entry)
