@@ -27,7 +27,7 @@ def contact_sheet_of_pairs(source: FolderPairs, n: int, seed: int) -> Image.Imag
     sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     for i, (kind, draws) in enumerate(pairs):
-        target, reference, caption = source.row(kind, draws)
+        target, reference, caption, *_ = source.row(kind, draws)
         x, y = i % columns * cell_width + margin, i // columns * cell_height + margin
         for j, pixels in enumerate((reference, target)):
             array = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()

@@ -239,12 +239,12 @@ def test_nothing_in_an_empty_folder_and_a_sentence_per_column(tmp_path):
     }.items():
         text = found.missing[column]
         assert text.startswith(f"{column} lacks {advice}") and f" into {tmp_path}." in text
-    with pytest.raises(ValueError, match="CLIP-T lacks .* DINO-I lacks"):
+    with pytest.raises(ValueError, match="(?s)CLIP-T lacks .*DINO-I lacks"):
         found.score([])
 
 
 def test_a_folder_that_is_none_is_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match="nowhere is no folder; .*clip_vision"):
+    with pytest.raises(ValueError, match="nowhere is not a folder; .*clip_vision"):
         find([tmp_path / "nowhere"])
 
 

@@ -255,7 +255,7 @@ def test_a_word_that_is_no_number_in_range_is_named(word):
 
 def test_too_many_numbers_are_refused_with_the_limit():
     assert len(parse_numbers("0.5 " * 64, 0, 1, "Node: gates", most=64)) == 64
-    with pytest.raises(ValueError, match="Node: gates are 65 numbers, but at most 64"):
+    with pytest.raises(ValueError, match="Node: gates has 65 numbers, but at most 64"):
         parse_numbers("0.5 " * 65, 0, 1, "Node: gates", most=64)
     with pytest.raises(ValueError, match="at most 4096"):
         parse_numbers("1 " * 5000, 0, 1, "Node: gates")

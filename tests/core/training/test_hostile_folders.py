@@ -179,13 +179,13 @@ def test_a_shard_whose_headers_lie_is_a_sentence(tmp_path):
     info.size = 10**12
     data[:512] = info.tobuf(tarfile.GNU_FORMAT)[:512]
     shard.write_bytes(data)
-    with pytest.raises(ValueError, match="0.tar is damaged or no tar file"):
+    with pytest.raises(ValueError, match="0.tar is damaged or not a tar file"):
         ShardStore(tmp_path)
     # names of names of names: Python's reader calls itself for each
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 5
     shard.write_bytes((info.tobuf(tarfile.GNU_FORMAT) + b"name\0".ljust(512, b"\0")) * 20_000)
-    with pytest.raises(ValueError, match="0.tar is damaged or no tar file"):
+    with pytest.raises(ValueError, match="0.tar is damaged or not a tar file"):
         ShardStore(tmp_path)
 
 

@@ -125,7 +125,7 @@ def test_repeats_in_folder_names_and_weights_multiply(tmp_path):
         ("repeats = 1", "repeats must be true or false, got 1"),
         ("weights = 2", "weights must be a table"),
         ('[weights]\n"variant/mug" = -1', "weight of variant/mug must be a number of at least 0, got -1"),
-        ('[weights]\n"variant/mgu" = 1', "names 'variant/mgu', which is no folder"),
+        ('[weights]\n"variant/mgu" = 1', "names 'variant/mgu', which is not a folder"),
         ("= 3", "is not a TOML file"),
     ],
 )

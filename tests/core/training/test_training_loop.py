@@ -180,7 +180,7 @@ def test_min_snr_weighs_each_row_by_its_timestep(trainer_for, base):
 def test_a_base_whose_text_does_not_fit_its_unet_is_refused(trainer_for):
     wrong = fakes.FakeBase()
     wrong.text_width = 48
-    with pytest.raises(ValueError, match="says that its text has width 48, but its cross-attention at .* reads 32"):
+    with pytest.raises(ValueError, match="says that its text is 48 wide, its cross-attention at .* reads 32"):
         trainer_for(base=wrong)
 
 

@@ -237,7 +237,15 @@ def test_what_fails_before_the_first_step_or_in_the_middle_of_an_update_leaves_n
     assert not states(tmp_path / "first") and not states(tmp_path / "middle")
 
 
-def test_two_sigterms_as_schedulers_send_them_and_two_interrupts_only_ask(monkeypatch):
+@pytest.fixture
+def own_interrupt():
+    """Python's own handler: a shell that starts the tests in the background leaves SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_two_sigterms_as_schedulers_send_them_and_two_interrupts_only_ask(own_interrupt):
     with pytest.raises(KeyboardInterrupt), asked_to_stop() as asked:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             os.kill(os.getpid(), number)
