@@ -261,7 +261,7 @@ def scores_and_attention_maps() -> Template:
     encode = base.encode(picture[0])
     apply = base.apply(encode[0])
     sample = base.sampler(apply, prompt, negative, size, "FlexIPSampler", gates=gates[0], vae=base.vae)
-    sample.tall = 600
+    sample.tall = 844
     decode = node("VAEDecode", samples=sample[0], vae=base.vae)
     score = node(
         "FlexIPScore",

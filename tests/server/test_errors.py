@@ -70,7 +70,7 @@ def test_a_truncated_file(comfy: ComfyServer, models: Path, prompt: dict) -> Non
     assert (
         node == "LoadFlexIPAdapters"
         and "half.safetensors" in message
-        and str(len(whole)) in message
+        and str(len(whole) // 2) in message
         and one_sentence(message)
     )
 
@@ -132,13 +132,6 @@ def test_a_reference_of_other_adapters(comfy: ComfyServer, models: Path, prompt:
     assert (
         node == "ApplyFlexIPGate" and "wider_clip.safetensors" in message and "48" in message and one_sentence(message)
     )
-
-
-def test_a_model_without_gate(comfy: ComfyServer, prompt: dict) -> None:
-    sampler = nodes_of(prompt, "FlexIPSampler")[0]
-    prompt[sampler]["inputs"]["model"] = [nodes_of(prompt, "CheckpointLoaderSimple")[0], 0]
-    node, message = refusal(comfy, prompt)
-    assert node == "FlexIPSampler" and "Apply FlexIP Gate" in message and one_sentence(message)
 
 
 @pytest.mark.parametrize(

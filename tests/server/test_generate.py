@@ -148,7 +148,7 @@ def test_the_same_seed_is_the_same_picture_and_another_is_not(
 
 def test_a_file_that_the_server_lacks_is_a_sentence(comfy: ComfyServer, two_by_two: Benchmark, tmp_path: Path) -> None:
     settings = {**SETTINGS, "adapters": "none.safetensors"}
-    with pytest.raises(ServerError, match=r"LoadFlexIPAdapters \(6\): Value not in list: preservation"):
+    with pytest.raises(ServerError, match=r"LoadFlexIPAdapters \(6\): .*preservation"):
         generate(two_by_two, tmp_path, [comfy.url], None, GATES, settings=settings, on_progress=quiet)
 
 
