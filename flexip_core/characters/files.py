@@ -1,0 +1,38 @@
+"""Where the world's models lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import safetensors.torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..weights import read_tensors, write_atomically
+
+DRAWINGS = "drawings.npz"
+CODEC = "codec.safetensors"
+JUDGE = "judge.safetensors"
+BASE = "base.safetensors"  # unet.* in diffusers' names, text.*
+BASE_STATE = "base_state.safetensors"
+JUDGE_STATE = "judge_state.safetensors"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    write_atomically(path, safetensors.torch.save({key: value.cpu().contiguous() for key, value in tensors.items()}))
+
+
+def load(model: Model, path: Path) -> Model:
+    """`model` with the file's weights, frozen. ValueError if there is no such file yet."""
+    if not path.is_file():
+        raise ValueError(f"There is no {path} yet; run the command that makes it first (scripts/characters.py --help).")
+    return with_weights(model, read_tensors(path))
+
+
+def with_weights(model: Model, tensors: Mapping[str, Tensor]) -> Model:
+    model.load_state_dict({key: value.float() for key, value in tensors.items()})
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Trains the world of characters, from a package of drawings to adapters. Each command goes on where it stopped.
+
+    npm install --ignore-scripts @dicebear/open-peeps@9.4.3       the drawings; pip install resvg-py==0.5.0
+    python scripts/characters.py drawings node_modules/@dicebear/open-peeps
+    python scripts/characters.py judge                            what reads parts and staging off a picture
+    python scripts/characters.py base                             UNet and text encoder; samples as it goes
+    python scripts/characters.py measure                          does the base draw what it is told? (stop rules M1 and M2)
+
+Run it with ComfyUI's Python plus diffusers. Everything is kept in --home.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small, more threads only cost time
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))  # flexip_core
+from PIL import Image  # noqa: E402
+
+from flexip_core.characters import base, drawings, files, scenes  # noqa: E402
+from flexip_core.characters.codec import Codec  # noqa: E402
+from flexip_core.characters.render import render  # noqa: E402
+from flexip_core.characters.run import Run  # noqa: E402
+
+CODEC_SEED, SAMPLE_SEED = 3, 7
+SAMPLES, COLUMNS, ENLARGED = 24, 12, 2  # of a sheet of samples
+Options = argparse.Namespace
+
+
+def main() -> int:
+    options = parse()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    options.home.mkdir(parents=True, exist_ok=True)
+    try:
+        options.command(options)
+    except ValueError as error:
+        logging.error("%s", error)
+        return 1
+    return 0
+
+
+def parse() -> Options:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--home", type=Path, default=REPO / ".flexip" / "characters", help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="cuda takes minutes where a CPU takes hours (default: %(default)s)")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    one = commands.add_parser("drawings", help="rasterise the package's drawings, once")
+    one.add_argument("package", type=Path, help="the unpacked npm package @dicebear/open-peeps")
+    one.set_defaults(command=make_drawings)
+    one = commands.add_parser("base", help="train the base")
+    one.add_argument("--sample-every", type=int, default=600, help="steps between sheets (default: %(default)s)")
+    one.set_defaults(command=train_base)
+    return parser.parse_args()
+
+
+def make_drawings(options: Options) -> None:
+    path = options.home / files.DRAWINGS
+    drawings.save(drawings.make(options.package), path)
+    logging.info("%s: %d KB.", path, path.stat().st_size // 1000)
+
+
+def train_base(options: Options) -> None:
+    layers = drawings.load(options.home / files.DRAWINGS).to(options.device)
+    codec = the_codec(options.home, layers)
+    model = base.new_generator(base.PLAN.seed).to(options.device)
+    run = Run(base.PLAN, model, base.BaseLoss(layers, codec, base.PLAN.batch))
+    (options.home / "samples").mkdir(exist_ok=True)
+    for done in run.until_done(options.home / files.BASE_STATE):
+        if done % options.sample_every == 0 or done == base.PLAN.steps:
+            average = files.with_weights(base.new_generator(0), run.average).to(options.device)
+            sheet(average, codec, layers).save(options.home / "samples" / f"base_{done:05d}.png")
+    files.save(run.average, options.home / files.BASE)
+
+
+def the_codec(home: Path, layers: drawings.Drawings) -> Codec:
+    """The one in `home`, learned first if there is none."""
+    path = home / files.CODEC
+    if not path.exists():
+        g = torch.Generator().manual_seed(CODEC_SEED)
+        pictures = render(layers, scenes.stage(scenes.characters(768, g), g))
+        files.save(Codec.learned(pictures[:512]).state_dict(), path)
+        codec = files.load(Codec(), path)
+        error = (codec.to(pictures.device).decode(codec.encode(pictures[512:])) - pictures[512:]).square().mean()
+        logging.info("Codec: %.1f dB on other pictures.", 10 * torch.log10(4 / error).item())
+    return files.load(Codec(), path).to(layers.device)
+
+
+def sheet(model: base.Generator, codec: Codec, layers: drawings.Drawings) -> Image.Image:
+    """Odd rows: held-out characters. Even rows: what the base draws from their full captions."""
+    g = torch.Generator().manual_seed(SAMPLE_SEED)
+    shown = scenes.stage(scenes.characters(SAMPLES, g, "test"), g)
+    drawn = base.draw(model, codec, scenes.captions(shown), base.noise_for(SAMPLES, SAMPLE_SEED))
+    rows = torch.stack([render(layers, shown), drawn]).unflatten(1, (-1, COLUMNS)).movedim(0, 1).flatten(0, 2)
+    return image_of(rows, COLUMNS)
+
+
+def image_of(pictures: torch.Tensor, columns: int) -> Image.Image:
+    """(n, 3, h, w) in -1..1 in rows of `columns`, enlarged"""
+    rows = [torch.cat(list(row), 2) for row in pictures.split(columns)]
+    pixels = ((torch.cat(rows, 1).cpu().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(0, -1).numpy()
+    image = Image.fromarray(pixels)
+    return image.resize((image.width * ENLARGED, image.height * ENLARGED), Image.BICUBIC)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
