@@ -15,8 +15,8 @@ CHANNELS = 24
 GRID = SIZE // PATCH
 HEADS = 4
 # at least 64: both libraries normalise in 32 groups, and a channel that is a group of its own loses its mean
-WIDTHS = (96, 128, 128)
-ATTENDS = (False, True, False)  # text is read at 8 x 8, and by the middle block at 4 x 4
+WIDTHS = (64, 128, 128)  # ComfyUI wants multiples of the first
+ATTENDS = (False, True, True)  # text is read at 8 x 8 and 4 x 4
 UNET = {
     "sample_size": GRID,
     "in_channels": CHANNELS,
@@ -34,7 +34,7 @@ COMFYUI_UNET: dict[str, Any] = {
     "in_channels": CHANNELS,
     "out_channels": CHANNELS,
     "model_channels": WIDTHS[0],
-    "channel_mult": [width / WIDTHS[0] for width in WIDTHS],
+    "channel_mult": [width // WIDTHS[0] for width in WIDTHS],
     "num_res_blocks": [1] * len(WIDTHS),
     "transformer_depth": [int(attends) for attends in ATTENDS],
     "transformer_depth_middle": 1,
