@@ -26,12 +26,13 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # flexip_core
 from PIL import Image  # noqa: E402
 
-from flexip_core.characters import base, drawings, files, scenes  # noqa: E402
+from flexip_core.characters import base, drawings, files, judge, measure, scenes  # noqa: E402
 from flexip_core.characters.codec import Codec  # noqa: E402
 from flexip_core.characters.render import render  # noqa: E402
-from flexip_core.characters.run import Run  # noqa: E402
+from flexip_core.characters.run import Run, average_of, state_of  # noqa: E402
 
-CODEC_SEED, SAMPLE_SEED = 3, 7
+CODEC_SEED, SAMPLE_SEED, JUDGE_SEED = 3, 7, 77
+JUDGED, JUDGED_EVERY = 1024, 1000
 SAMPLES, COLUMNS, ENLARGED = 24, 12, 2  # of a sheet of samples
 Options = argparse.Namespace
 
@@ -52,14 +53,21 @@ def main() -> int:
 def parse() -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=REPO / ".flexip" / "characters", help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="cuda takes minutes where a CPU takes hours (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cpu", help="cuda takes minutes where a CPU takes hours (default: %(default)s)"
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
     one = commands.add_parser("drawings", help="rasterise the package's drawings, once")
     one.add_argument("package", type=Path, help="the unpacked npm package @dicebear/open-peeps")
     one.set_defaults(command=make_drawings)
+    one = commands.add_parser("judge", help="train the judge, and measure it on held-out characters")
+    one.set_defaults(command=train_judge)
     one = commands.add_parser("base", help="train the base")
     one.add_argument("--sample-every", type=int, default=600, help="steps between sheets (default: %(default)s)")
     one.set_defaults(command=train_base)
+    one = commands.add_parser("measure", help="what the judge finds in the base's pictures")
+    one.add_argument("--pictures", type=int, default=measure.PICTURES, help="(default: %(default)s)")
+    one.set_defaults(command=measure_base)
     return parser.parse_args()
 
 
@@ -67,6 +75,50 @@ def make_drawings(options: Options) -> None:
     path = options.home / files.DRAWINGS
     drawings.save(drawings.make(options.package), path)
     logging.info("%s: %d KB.", path, path.stat().st_size // 1000)
+
+
+def train_judge(options: Options) -> None:
+    layers = drawings.load(options.home / files.DRAWINGS).to(options.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(judge.PLAN.seed)
+        model = judge.Judge().to(options.device)
+    run = Run(judge.PLAN, model, judge.JudgeLoss(layers, judge.PLAN.batch))
+    for done in run.until_done(options.home / files.JUDGE_STATE):
+        if done % JUDGED_EVERY == 0 or done == judge.PLAN.steps:
+            files.save(run.average, options.home / files.JUDGE)
+            report_judge(options.home, layers)
+
+
+def report_judge(home: Path, layers: drawings.Drawings) -> None:
+    critic = files.load(judge.Judge(), home / files.JUDGE).to(layers.device)
+    for split in ("test", "hard"):
+        agreed = judge.on_real_pictures(critic, layers, JUDGED, JUDGE_SEED, split)
+        shares = ", ".join(f"{slot} {share:.3f}" for slot, share in judge.shares(agreed).items())
+        logging.info("Judge on %d real pictures, %s split: %s.", JUDGED, split, shares)
+
+
+def measure_base(options: Options) -> None:
+    """Of a finished base, or of the average in the newest state."""
+    layers = drawings.load(options.home / files.DRAWINGS).to(options.device)
+    critic = files.load(judge.Judge(), options.home / files.JUDGE).to(options.device)
+    model = newest_base(options.home).to(options.device)
+    found = measure.of_base(model, the_codec(options.home, layers), layers, critic, options.pictures)
+    print(measure.table(found))
+    about = state_of(options.home / files.BASE_STATE)
+    found |= {"step": about["done"], "cpu_seconds": about["seconds"]}
+    print(f"Step {found['step']}, {found['cpu_seconds'] / 60:.0f} minutes of CPU; M1 {found['M1']}, M2 {found['M2']}.")
+    path = options.home / "results" / f"base_{found['step']:05d}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def newest_base(home: Path) -> base.Generator:
+    if (home / files.BASE).exists():
+        return files.load(base.new_generator(0), home / files.BASE)
+    state = home / files.BASE_STATE
+    if not state.exists():
+        raise ValueError(f"There is no base in {home} yet. Train it first: python scripts/characters.py base.")
+    return files.with_weights(base.new_generator(0), average_of(state))
 
 
 def train_base(options: Options) -> None:

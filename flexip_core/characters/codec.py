@@ -13,7 +13,9 @@ from torch import Tensor
 from .architecture import CHANNELS, GRID, PATCH
 from .render import SIZE
 
-EVENING = 0.75  # power of its deviation that a component is divided by: nearly whitened, but coarse parts outlive more noise
+EVENING = (
+    0.75  # power of its deviation that a component is divided by: nearly whitened, but coarse parts outlive more noise
+)
 
 
 class Codec(nn.Module):

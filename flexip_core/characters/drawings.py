@@ -65,18 +65,24 @@ def make(package: Path) -> Drawings:
     layers = {}
     for group, names in LAYERS.items():
         place = re.search(rf'<g transform="([^"]+)">\$\{{[^}}]*?components\.{group}\)', source)
-        drawn = dict(re.findall(r"(\w+): \(components, colors\) => `([^`]*)`", _read(package / "lib" / "components" / f"{group}.js")))
+        drawn = dict(
+            re.findall(
+                r"(\w+): \(components, colors\) => `([^`]*)`", _read(package / "lib" / "components" / f"{group}.js")
+            )
+        )
         missing = set(names) - set(drawn) - {NONE}
         if place is None or missing:
             raise ValueError(f"{package} is not {PACKAGE} {VERSION}: it has no {', '.join(sorted(missing)) or group}.")
         below = body[1] if group == "head" else ""
         pictures = [
-            _layer(f'{below}<g transform="{place[1]}">{drawn[name]}</g>', group in HAIRY) if name != NONE else torch.zeros(PLANES, SIDE, SIDE)
+            _layer(f'{below}<g transform="{place[1]}">{drawn[name]}</g>', group in HAIRY)
+            if name != NONE
+            else torch.zeros(PLANES, SIDE, SIDE)
             for name in names
         ]
         layers[group] = torch.stack(pictures).round().byte()
         if group != "head":
-            layers[group] = layers[group][:, :, *WINDOW].clone()
+            layers[group] = layers[group][(..., *WINDOW)].clone()
     return Drawings(layers)
 
 

@@ -45,10 +45,10 @@ def compose(drawings: Drawings, scenes: Scenes) -> Tensor:
         return planes[:, :4]
 
     figure = layer("head", "hair")
-    window = figure[..., *WINDOW]
+    window = figure[(..., *WINDOW)]
     for group, part in (("face", "expression"), ("facialHair", "beard"), ("accessories", "glasses")):
         window = over(layer(group, part), window)
-    figure[..., *WINDOW] = window
+    figure[(..., *WINDOW)] = window
     return figure
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -96,9 +97,11 @@ class Run:
 
     def load(self, path: Path) -> None:
         """ValueError if the state belongs to another plan."""
-        about = json.loads(read_header(path).metadata[STATE_KEY])
+        about = state_of(path)
         if about["plan"] != vars(self.plan):
-            raise ValueError(f"{path} belongs to another training, {about['plan']}; move it away or choose another folder.")
+            raise ValueError(
+                f"{path} belongs to another training, {about['plan']}; move it away or choose another folder."
+            )
         self.done, self.seconds = about["done"], about["seconds"]
         tensors = read_tensors(path)
         with torch.no_grad():
@@ -106,7 +109,15 @@ class Run:
                 parameter.copy_(tensors[f"weights.{name}"])
                 self.average[name].copy_(tensors[f"average.{name}"])
                 moments = {moment: tensors[f"{moment}.{name}"].clone() for moment in ("step", "exp_avg", "exp_avg_sq")}
-                moments["step"] = moments["step"].to("cpu" if parameter.device.type == "cpu" else parameter.device)
-                self.optimizer.state[parameter] = {
-                    key: value.to(parameter.device) for key, value in moments.items()
-                }
+                self.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """Of a saved training: "plan", steps "done", "seconds" of CPU."""
+    return json.loads(read_header(path).metadata[STATE_KEY])
+
+
+def average_of(path: Path) -> dict[str, Tensor]:
+    """The moving average in a saved training, as a state dict."""
+    tensors = read_tensors(path)
+    return {key.removeprefix("average."): value for key, value in tensors.items() if key.startswith("average.")}

@@ -64,7 +64,9 @@ def is_held_out(words: Mapping[str, Tensor]) -> Tensor:
 
 def has_hard_hair(words: Mapping[str, Tensor]) -> Tensor:
     """(n,) bool"""
-    return torch.isin(words["hair"], torch.tensor([HAIR.index(name) for name in HARD_HAIR], device=words["hair"].device))
+    return torch.isin(
+        words["hair"], torch.tensor([HAIR.index(name) for name in HARD_HAIR], device=words["hair"].device)
+    )
 
 
 def characters(n: int, g: torch.Generator, split: str = "train") -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ def sketch(figures: Tensor) -> Tensor:
 
 def pixel_art(figures: Tensor) -> Tensor:
     """Pixels that can be counted, hard borders."""
-    n, _, s, _ = figures.shape
+    s = figures.shape[-1]
     low = F.avg_pool2d(figures, PIXEL, ceil_mode=True, count_include_pad=False)
     alpha = (low[:, 3:] > 0.5).float()
     low = _shape(figures, low[:, :3] / low[:, 3:].clamp(min=0.05), alpha)

@@ -203,7 +203,9 @@ def in_words(caption: Tensor) -> str:
     first = " ".join(["a person", said["expression"]] if "expression" in said else ["a person"])
     ground = ""
     if "ground" in said:
-        ground = f"on {said['ground']}" + (f" with {said['pattern']}" if said.get("pattern", "plain") != "plain" else "")
+        ground = f"on {said['ground']}" + (
+            f" with {said['pattern']}" if said.get("pattern", "plain") != "plain" else ""
+        )
     elif said.get("pattern", "plain") != "plain":
         ground = f"before {said['pattern']}"
     clothes = f"in a {said['clothes']} shirt" if "clothes" in said else ""
