@@ -5,6 +5,7 @@
     python scripts/characters.py drawings node_modules/@dicebear/open-peeps
     python scripts/characters.py judge                            what reads parts and staging off a picture
     python scripts/characters.py base                             UNet and text encoder; samples as it goes
+    python scripts/characters.py encoders                         what reads references: CLIP and DINO stand-ins
     python scripts/characters.py measure                          does the base draw what it is told? (stop rules M1 and M2)
 
 Run it with ComfyUI's Python plus diffusers. Everything is kept in --home.
@@ -26,7 +27,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # flexip_core
 from PIL import Image  # noqa: E402
 
-from flexip_core.characters import base, drawings, files, judge, measure, scenes  # noqa: E402
+from flexip_core.characters import base, drawings, encoders, files, judge, measure, scenes, task  # noqa: E402
 from flexip_core.characters.codec import Codec  # noqa: E402
 from flexip_core.characters.render import render  # noqa: E402
 from flexip_core.characters.run import Run, average_of, state_of  # noqa: E402
@@ -65,6 +66,8 @@ def parse() -> Options:
     one = commands.add_parser("base", help="train the base")
     one.add_argument("--sample-every", type=int, default=600, help="steps between sheets (default: %(default)s)")
     one.set_defaults(command=train_base)
+    one = commands.add_parser("encoders", help="train the CLIP stand-in, and make the DINO one")
+    one.set_defaults(command=make_encoders)
     one = commands.add_parser("measure", help="what the judge finds in the base's pictures")
     one.add_argument("--pictures", type=int, default=measure.PICTURES, help="(default: %(default)s)")
     one.set_defaults(command=measure_base)
@@ -132,6 +135,22 @@ def train_base(options: Options) -> None:
             average = files.with_weights(base.new_generator(0), run.average).to(options.device)
             sheet(average, codec, layers).save(options.home / "samples" / f"base_{done:05d}.png")
     files.save(run.average, options.home / files.BASE)
+
+
+def make_encoders(options: Options) -> None:
+    layers = drawings.load(options.home / files.DRAWINGS).to(options.device)
+    if not (options.home / files.DINO_FILE).exists():
+        g = torch.Generator().manual_seed(CODEC_SEED)
+        pictures = render(layers, scenes.stage(scenes.characters(512, g), g)).cpu()
+        files.save(encoders.make_dino(pictures).model.state_dict(), options.home / files.DINO_FILE)
+    plan = encoders.PLAN
+    run = Run(plan, encoders.untrained(plan.seed).to(options.device), encoders.ContrastLoss(layers, plan.batch))
+    for done in run.until_done(options.home / files.CLIP_STATE):
+        if done == plan.steps:
+            task.save_contrast(run.average, options.home)
+            clip = task.load_contrast(options.home).to(options.device)
+            share = encoders.top1(clip, layers, 256, JUDGE_SEED)
+            logging.info("CLIP stand-in: own caption the nearest of 256 held-out ones in %.3f.", share)
 
 
 def the_codec(home: Path, layers: drawings.Drawings) -> Codec:

@@ -15,6 +15,10 @@ from ..weights import read_tensors, write_atomically
 DRAWINGS = "drawings.npz"
 CODEC = "codec.safetensors"
 JUDGE = "judge.safetensors"
+CLIP_FILE = "clip.safetensors"  # visual.*, as open_clip saves an image tower
+CLIP_TEXT = "clip_text.safetensors"  # the rest of it, which only scores need
+CLIP_STATE = "clip_state.safetensors"
+DINO_FILE = "dino.safetensors"  # as timm saves it
 BASE = "base.safetensors"  # unet.* in diffusers' names, text.*
 BASE_STATE = "base_state.safetensors"
 JUDGE_STATE = "judge_state.safetensors"
@@ -28,9 +32,14 @@ def save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def load(model: Model, path: Path) -> Model:
     """`model` with the file's weights, frozen. ValueError if there is no such file yet."""
+    return with_weights(model, read(path))
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """ValueError if there is no such file yet."""
     if not path.is_file():
         raise ValueError(f"There is no {path} yet; run the command that makes it first (scripts/characters.py --help).")
-    return with_weights(model, read_tensors(path))
+    return read_tensors(path)
 
 
 def with_weights(model: Model, tensors: Mapping[str, Tensor]) -> Model:
