@@ -4,34 +4,64 @@
     npm install --ignore-scripts @dicebear/open-peeps@9.4.3       the drawings; pip install resvg-py==0.5.0
     python scripts/characters.py drawings node_modules/@dicebear/open-peeps
     python scripts/characters.py judge                            what reads parts and staging off a picture
-    python scripts/characters.py base                             UNet and text encoder; samples as it goes
     python scripts/characters.py encoders                         what reads references: CLIP and DINO stand-ins
+    python scripts/characters.py base                             UNet and text encoder; samples as it goes
     python scripts/characters.py measure                          does the base draw what it is told? (stop rules M1 and M2)
+    python scripts/characters.py train outputs-jitter --seed 1    adapters; also tokens, -overlap, -swapped, and ip
+    python scripts/characters.py evaluate outputs-jitter --seed 1
+    python scripts/characters.py lines outputs-jitter --seed 1    the pass lines, against ip of that seed
+    python scripts/characters.py all                              everything after the drawings, one after the other
 
-Run it with ComfyUI's Python plus diffusers. Everything is kept in --home.
+Run it with ComfyUI's Python plus diffusers. Everything is kept in --home. With --device cuda it takes minutes: only the drawings
+travel, scenes are rendered there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small, more threads only cost time
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # flexip_core
 from PIL import Image  # noqa: E402
 
-from flexip_core.characters import base, drawings, encoders, files, judge, measure, scenes, task  # noqa: E402
+from flexip_core.adapters import ADAPTERS  # noqa: E402
+from flexip_core.characters import (  # noqa: E402
+    base,
+    drawings,
+    encoders,
+    files,
+    judge,
+    lines,
+    measure,
+    runs,
+    scenes,
+    scores,
+    sweep,
+    task,
+)
 from flexip_core.characters.codec import Codec  # noqa: E402
 from flexip_core.characters.render import render  # noqa: E402
 from flexip_core.characters.run import Run, average_of, state_of  # noqa: E402
+from flexip_core.checkpoint import load_checkpoint  # noqa: E402
+from flexip_core.training.__main__ import make_task  # noqa: E402
+from flexip_core.training.loop import FINAL, Trainer  # noqa: E402
+from flexip_core.weights import write_atomically  # noqa: E402
 
+WINNER = "outputs-jitter"  # until screening says otherwise
+STAGE_DEFAULTS = {"sample_every": 600, "pictures": measure.PICTURES, "steps": runs.STEPS}
+SHOWN_CASES = 8
 CODEC_SEED, SAMPLE_SEED, JUDGE_SEED = 3, 7, 77
 JUDGED, JUDGED_EVERY = 1024, 1000
 SAMPLES, COLUMNS, ENLARGED = 24, 12, 2  # of a sheet of samples
@@ -68,6 +98,19 @@ def parse() -> Options:
     one.set_defaults(command=train_base)
     one = commands.add_parser("encoders", help="train the CLIP stand-in, and make the DINO one")
     one.set_defaults(command=make_encoders)
+    for name, function, about in (
+        ("train", train_adapters, "train adapters"),
+        ("evaluate", evaluate, "sweep the gate of trained adapters over held-out characters"),
+        ("lines", print_lines, "what was evaluated, against the lines set before"),
+    ):
+        one = commands.add_parser(name, help=about)
+        one.add_argument("run", help="outputs or tokens, with -jitter or -overlap, -swapped; or ip")
+        one.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+        one.add_argument("--steps", type=int, default=runs.STEPS, help="(default: %(default)s)")
+        one.set_defaults(command=function)
+    one = commands.add_parser("all", help="judge, encoders, base, adapters and their evaluation")
+    one.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the adapters (default: 1 2 3)")
+    one.set_defaults(command=make_all)
     one = commands.add_parser("measure", help="what the judge finds in the base's pictures")
     one.add_argument("--pictures", type=int, default=measure.PICTURES, help="(default: %(default)s)")
     one.set_defaults(command=measure_base)
@@ -110,9 +153,7 @@ def measure_base(options: Options) -> None:
     about = state_of(options.home / files.BASE_STATE)
     found |= {"step": about["done"], "cpu_seconds": about["seconds"]}
     print(f"Step {found['step']}, {found['cpu_seconds'] / 60:.0f} minutes of CPU; M1 {found['M1']}, M2 {found['M2']}.")
-    path = options.home / "results" / f"base_{found['step']:05d}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    write(options.home / "results" / f"base_{found['step']:05d}.json", found)
 
 
 def newest_base(home: Path) -> base.Generator:
@@ -153,6 +194,66 @@ def make_encoders(options: Options) -> None:
             logging.info("CLIP stand-in: own caption the nearest of 256 held-out ones in %.3f.", share)
 
 
+def train_adapters(options: Options) -> None:
+    cfg = dataclasses.replace(
+        runs.config(options.run, options.seed, options.home, options.steps), device=options.device
+    )
+    if (Path(cfg.folder) / FINAL).exists():
+        return
+    # for so few tokens plain attention is faster on a CPU than the fused one
+    with sdpa_kernel(SDPBackend.MATH) if options.device == "cpu" else contextlib.nullcontext():
+        Trainer(cfg, *make_task(cfg)).run(resume=True)
+
+
+def evaluate(options: Options) -> None:
+    name, seed, home = options.run, options.seed, options.home
+    network = load_checkpoint(runs.adapters_file(home, name, seed, options.steps)).to(options.device)
+    world = task.load_world(home).to(options.device)
+    world.unet.bfloat16()  # the sampler then computes in half precision
+    tools = task.load_instruments(home, options.device)
+    adapters = ("preservation",) if name == runs.BASELINE else ADAPTERS
+    found: dict[str, Any] = {"run": name, "seed": seed, "steps": options.steps}
+    stem = home / "results" / f"{name}_{seed}_{options.steps}"
+    for mode in scores.MODES:
+        swept = sweep.gate_sweep(world, network, mode, tools, scores.Setup(seed=777 + seed), adapters)
+        found[mode] = sweep.summary(swept)
+        write(stem.with_suffix(".json"), found)
+        few = slice(0, None, 2)  # of eleven gates
+        rows = torch.cat([swept.tests.reference[None], swept.pictures[few]])[:, :SHOWN_CASES].movedim(0, 1)
+        image_of(rows.flatten(0, 1), rows.shape[1]).save(stem.with_name(f"{stem.name}_{mode}.png"))
+        logging.info("%s: parts %s of %.3f.", mode, found[mode]["curves"]["parts"], found[mode]["real"]["parts"])
+    found["controls"] = sweep.controls(world, network, tools, scores.Setup(seed=777 + seed), adapters)
+    write(stem.with_suffix(".json"), found)
+
+
+def print_lines(options: Options) -> None:
+    results = options.home / "results"
+    base_results = sorted(results.glob("base_*.json"))
+    if not base_results:
+        raise ValueError("The base is not measured yet: python scripts/characters.py measure.")
+    of_base = json.loads(base_results[-1].read_text())
+
+    def read(run: str) -> dict[str, Any] | None:
+        path = results / f"{run}_{options.seed}_{options.steps}.json"
+        return {**json.loads(path.read_text()), "base": of_base} if path.exists() else None
+
+    found = read(options.run)
+    if found is None:
+        raise ValueError(f"{options.run} with seed {options.seed} is not evaluated yet.")
+    for outcome in lines.outcomes(found, read(runs.BASELINE)):
+        print(outcome)
+
+
+def make_all(options: Options) -> None:
+    for command in (train_judge, make_encoders, train_base, measure_base):
+        command(argparse.Namespace(**{**STAGE_DEFAULTS, **vars(options)}))
+    for seed in options.seeds:
+        names = (WINNER, runs.BASELINE, f"{WINNER}-swapped") if seed == options.seeds[0] else (WINNER, runs.BASELINE)
+        for command in (train_adapters, evaluate):
+            for name in names:
+                command(argparse.Namespace(**{**STAGE_DEFAULTS, **vars(options), "run": name, "seed": seed}))
+
+
 def the_codec(home: Path, layers: drawings.Drawings) -> Codec:
     """The one in `home`, learned first if there is none."""
     path = home / files.CODEC
@@ -173,6 +274,11 @@ def sheet(model: base.Generator, codec: Codec, layers: drawings.Drawings) -> Ima
     drawn = base.draw(model, codec, scenes.captions(shown), base.noise_for(SAMPLES, SAMPLE_SEED))
     rows = torch.stack([render(layers, shown), drawn]).unflatten(1, (-1, COLUMNS)).movedim(0, 1).flatten(0, 2)
     return image_of(rows, COLUMNS)
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps(data, indent=1).encode())
 
 
 def image_of(pictures: torch.Tensor, columns: int) -> Image.Image:

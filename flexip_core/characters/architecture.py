@@ -15,7 +15,11 @@ CHANNELS = 24
 GRID = SIZE // PATCH
 HEADS = 4
 # at least 64: both libraries normalise in 32 groups, and a channel that is a group of its own loses its mean
-WIDTHS = (128, 128, 128)  # fewer at 16 x 16 learn slower (measured at equal minutes); ComfyUI wants multiples of the first
+WIDTHS = (
+    128,
+    128,
+    128,
+)  # fewer at 16 x 16 learn slower (measured at equal minutes); ComfyUI wants multiples of the first
 ATTENDS = (False, True, False)  # text is read at 8 x 8, and by the middle block at 4 x 4
 UNET = {
     "sample_size": GRID,

@@ -45,6 +45,11 @@ class Judge(nn.Module):
         scores = self.heads(F.gelu(self.features(self.trunk(pictures))))
         return dict(zip(READ, scores.split([len(WORDS[slot]) for slot in READ], dim=-1)))
 
+    @torch.no_grad()
+    def embed(self, pictures: Tensor) -> Tensor:
+        """How pictures look, (n, FEATURES) of unit length: what DINO is for photographs."""
+        return F.normalize(self.features(self.trunk(pictures)), dim=-1)
+
 
 class _Residual(nn.Module):
     def __init__(self, width: int):

@@ -1,8 +1,8 @@
 """The named training runs of adapters; scripts/characters.py starts them.
 
-A name is a gate mode ("outputs", "tokens"), with "-jitter" if the gate of each row is drawn from its half instead of being one of
-two numbers, "-overlap" if the two ranges overlap, and "-swapped" if the two kinds of data exchange their gates (a control). "ip" is
-the baseline: an IP-Adapter, that is the preservation adapter alone at weight 1, on the same pairs and of the same size.
+A name is a gate mode ("outputs", "tokens"), with "-jitter" if the gate of each row is drawn from its half instead of being one
+of two numbers, "-overlap" if the two ranges overlap, and "-swapped" if the two kinds of data exchange their gates (a control).
+"ip" is the baseline: an IP-Adapter, that is the preservation adapter alone at weight 1, on the same pairs and of the same size.
 """
 
 from __future__ import annotations

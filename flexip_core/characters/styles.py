@@ -1,4 +1,4 @@
-"""The rule styles: RGBA figures (n, 4, s, s) in 0..1, colours times alpha, redrawn. They stand for an artist's hand; nobody drew them.
+"""The rule styles: RGBA figures (n, 4, s, s) in 0..1, colours times alpha, redrawn. No artist drew them.
 
 Ink needs no rule: it is a figure composed without colours. A pencil sketch keeps pale ones, pixel art and stickers keep all.
 """

@@ -20,7 +20,9 @@ from .architecture import TEXT_WIDTH, alphas_cumprod
 from .codec import Codec
 from .drawings import Drawings
 from .encoders import CLIP, DINO, Contrast, pixels_for, untrained
+from .judge import Judge
 from .render import render
+from .scores import Instruments
 from .text import TextEncoder
 from .words import SLOTS
 
@@ -146,6 +148,13 @@ def load_contrast(home: Path) -> Contrast:
         **files.read(home / files.CLIP_TEXT),
     }
     return files.with_weights(clip, {"scale": clip.scale.detach(), **tensors})
+
+
+def load_instruments(home: Path, device: str) -> Instruments:
+    """What scores pictures."""
+    layers = drawings.load(home / files.DRAWINGS).to(device)
+    critic = files.load(Judge(), home / files.JUDGE).to(device)
+    return Instruments(layers, critic, load_contrast(home).to(device))
 
 
 def save_contrast(state: dict[str, Tensor], home: Path) -> None:

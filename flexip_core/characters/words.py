@@ -217,8 +217,8 @@ def in_words(caption: Tensor) -> str:
 def read_words(text: str) -> Tensor:
     """The caption (slots,) that a prompt stands for: its words in any order; what the world does not know is passed over.
 
-    A colour belongs to the clothes before "shirt", and to the ground behind "on" or "before". A ground without a pattern's name is plain. Identity
-    words are not read: they are for the base's training only.
+    A colour belongs to the clothes before "shirt", and to the ground behind "on" or "before". A ground without a pattern's name
+    is plain. Identity words are not read: they are for the base's training only.
     """
     text = f" {' '.join(re.findall(r'[a-z]+', text.lower()))} "
     caption = torch.zeros(len(SLOTS), dtype=torch.long)
