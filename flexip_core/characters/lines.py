@@ -1,4 +1,4 @@
-"""The pass lines of the adapters, on numbers that sweep.py wrote. They were set before the runs; none is moved to fit a result."""
+"""The pass lines of the adapters, on what sweep.py wrote: set before the runs, none moved to fit a result."""
 
 from __future__ import annotations
 

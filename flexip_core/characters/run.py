@@ -1,6 +1,6 @@
 """A training that goes on where it stopped: counted in steps, a step a function of the weights and (seed, step).
 
-What is trained here (judge, CLIP stand-in, base) differs only in its model and its loss; FlexIP's adapters have the pack's trainer.
+Judge, CLIP stand-in and base differ only in model and loss. FlexIP's adapters have the pack's own trainer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STATE_KEY = "flexip.characters.run"
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is trained. The rate rises over `warm` steps, stays, and falls evenly over the last `falling` share to a fiftieth."""
+    """How a model is trained. The rate rises over `warm` steps, stays, and falls to a fiftieth over the last `falling` share."""
 
     name: str
     steps: int
@@ -44,7 +44,7 @@ class Plan:
 
 
 class Run:
-    """`model` with the moving average of its parameters in `average`. `loss(model, generator)` draws its batch from the generator."""
+    """`model`, and the moving `average` of its parameters. `loss(model, generator)` draws its batch from the generator."""
 
     def __init__(self, plan: Plan, model: nn.Module, loss: Callable[[nn.Module, torch.Generator], Tensor]):
         self.plan, self.model, self.loss = plan, model, loss
