@@ -34,10 +34,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # flexip_core
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from flexip_core.adapters import ADAPTERS  # noqa: E402
-from flexip_core.characters import (  # noqa: E402
+from flexip_core.characters import (
     base,
     drawings,
     encoders,
@@ -51,13 +50,14 @@ from flexip_core.characters import (  # noqa: E402
     sweep,
     task,
 )
-from flexip_core.characters.codec import Codec  # noqa: E402
-from flexip_core.characters.render import render  # noqa: E402
-from flexip_core.characters.run import Run, average_of, state_of  # noqa: E402
-from flexip_core.checkpoint import load_checkpoint  # noqa: E402
-from flexip_core.training.__main__ import make_task  # noqa: E402
-from flexip_core.training.loop import FINAL, Trainer  # noqa: E402
-from flexip_core.weights import write_atomically  # noqa: E402
+from flexip_core.characters.codec import Codec
+from flexip_core.characters.render import render
+from flexip_core.characters.run import Run, average_of, state_of
+from flexip_core.files.checkpoint import load_checkpoint
+from flexip_core.files.weights import write_atomically
+from flexip_core.network.adapters import ADAPTERS
+from flexip_core.training.__main__ import make_task
+from flexip_core.training.loop import FINAL, Trainer
 
 WINNER = "outputs-jitter"  # until screening says otherwise
 STAGE_DEFAULTS = {"sample_every": 600, "pictures": measure.PICTURES, "steps": runs.STEPS}

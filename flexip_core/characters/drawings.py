@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weights import write_atomically
+from ..files.weights import write_atomically
 from .words import BEARDS, EXPRESSIONS, GLASSES, HAIR, NONE
 
 PACKAGE = "@dicebear/open-peeps"

@@ -16,9 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import images
-from ..config import ClipConfig, DinoConfig
-from ..encoders import ClipTower, DinoTower, build_clip_tower, build_dino_tower
+from ..encoders.towers import ClipTower, DinoTower, build_clip_tower, build_dino_tower
+from ..network.config import ClipConfig, DinoConfig
+from ..pictures import crop
 from . import scenes
 from .drawings import Drawings
 from .render import SIZE, render
@@ -71,7 +71,7 @@ def pixels_for(tower: ClipTower | DinoTower, pictures: Tensor) -> Tensor:
 
 
 def _normalised(tower: ClipTower | DinoTower, pictures: Tensor) -> Tensor:
-    return images.normalise((pictures * 0.5 + 0.5).movedim(1, -1), tower.mean, tower.std)
+    return crop.normalise((pictures * 0.5 + 0.5).movedim(1, -1), tower.mean, tower.std)
 
 
 def _wide(pictures: Tensor) -> Tensor:

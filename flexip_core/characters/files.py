@@ -10,7 +10,7 @@ import safetensors.torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..weights import read_tensors, write_atomically
+from ..files.weights import read_tensors, write_atomically
 
 DRAWINGS = "drawings.npz"
 CODEC = "codec.safetensors"

@@ -95,11 +95,10 @@ class JudgeLoss:
         with torch.autocast(pictures.device.type, torch.bfloat16):
             verdict = judge(pictures)
         tells = visible(self.drawings, shown)
-        losses = [
-            (F.cross_entropy(verdict[slot].float(), shown[slot], reduction="none") * tells[slot]).sum()
-            / tells[slot].sum()
-            for slot in READ
-        ]
+        losses = []
+        for slot in READ:
+            rows = F.cross_entropy(verdict[slot].float(), shown[slot], reduction="none")
+            losses.append((rows * tells[slot]).sum() / tells[slot].sum().clamp(min=1))
         return torch.stack(losses).mean()
 
 

@@ -18,8 +18,8 @@ import torch.nn as nn
 from safetensors.torch import save
 from torch import Tensor
 
+from ..files.weights import read_header, read_tensors, write_atomically
 from ..training.loop import generator
-from ..weights import read_header, read_tensors, write_atomically
 
 STATE_KEY = "flexip.characters.run"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..config import GATE_MODES
+from ..network.config import GATE_MODES
 from ..training.config import TrainConfig
 from ..training.loop import FINAL
 from .words import IDENTITY, STAGING

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import ADAPTERS, FlexIPNetwork
-from ..evaluation import smoothness
+from ..measuring import smoothness
+from ..network.adapters import ADAPTERS, FlexIPNetwork
 from ..training import sampling
 from . import base, judge
 from .render import render

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..encoders import ClipTower, DinoTower, load_tower
+from ..encoders.towers import ClipTower, DinoTower, load_tower
 from ..training.base import Task, Text
 from ..training.data import ALL, VARIANT, Batch
 from . import base, drawings, files, scenes
