@@ -91,6 +91,9 @@ def parse() -> Options:
     one = commands.add_parser("drawings", help="rasterise the package's drawings, once")
     one.add_argument("package", type=Path, help="the unpacked npm package @dicebear/open-peeps")
     one.set_defaults(command=make_drawings)
+    one = commands.add_parser("show", help="draw a sheet of scenes")
+    one.add_argument("picture", type=Path, help="the file to write, .png or .webp")
+    one.set_defaults(command=show)
     one = commands.add_parser("judge", help="train the judge, and measure it on held-out characters")
     one.set_defaults(command=train_judge)
     one = commands.add_parser("base", help="train the base")
@@ -121,6 +124,16 @@ def make_drawings(options: Options) -> None:
     path = options.home / files.DRAWINGS
     drawings.save(drawings.make(options.package), path)
     logging.info("%s: %d KB.", path, path.stat().st_size // 1000)
+
+
+def show(options: Options) -> None:
+    """Two characters staged anew, then others."""
+    layers = drawings.load(options.home / files.DRAWINGS)
+    g = torch.Generator().manual_seed(SAMPLE_SEED)
+    people = scenes.characters(2 + COLUMNS, g)
+    order = torch.tensor([0] * 6 + [1] * 6 + list(range(2, 2 + COLUMNS)))
+    staged = scenes.stage({part: values[order] for part, values in people.items()}, g)
+    image_of(render(layers, staged), COLUMNS).save(options.picture)
 
 
 def train_judge(options: Options) -> None:

@@ -20,14 +20,17 @@ CLIP_TEXT = "clip_text.safetensors"  # the rest of it, which only scores need
 CLIP_STATE = "clip_state.safetensors"
 DINO_FILE = "dino.safetensors"  # as timm saves it
 BASE = "base.safetensors"  # unet.* in diffusers' names, text.*
+BASE_AVERAGE = "base_average.safetensors"  # of a training that goes on, in half precision
 BASE_STATE = "base_state.safetensors"
 JUDGE_STATE = "judge_state.safetensors"
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    write_atomically(path, safetensors.torch.save({key: value.cpu().contiguous() for key, value in tensors.items()}))
+def save(tensors: Mapping[str, Tensor], path: Path, half: bool = False) -> None:
+    """`half`: in half precision, the same to the eye and half as large."""
+    kept = {key: (value.half() if half else value).cpu().contiguous() for key, value in tensors.items()}
+    write_atomically(path, safetensors.torch.save(kept))
 
 
 def load(model: Model, path: Path) -> Model:

@@ -15,6 +15,7 @@ from . import base, judge, scenes
 from .codec import Codec
 from .drawings import Drawings
 from .judge import Judge
+from .render import render
 from .words import prompts
 
 PICTURES, SEED = 256, 99
@@ -37,7 +38,7 @@ def of_base(
     pictures = {
         "told": _drawn(model, codec, captions, noise),
         "untold": _drawn(model, codec, prompts(captions), noise),
-        "real": judge.render(drawings, shown),
+        "real": render(drawings, shown),
     }
     shown = shown.to(drawings.device)
     tells = judge.visible(drawings, shown)

@@ -23,12 +23,12 @@ GATES = {  # option -> the gates of the two kinds of data
 }
 SWAPPED = "swapped"
 NETWORK = {
-    "resampler": {"width": 128, "depth": 2, "heads": 4, "dim_head": 32, "ff_mult": 3},
+    "resampler": {"width": 160, "depth": 2, "heads": 4, "dim_head": 40, "ff_mult": 3},
     "detail_tokens": 32,
     "semantic_tokens": 4,
     "cls_tokens": 4,
 }
-IP_NETWORK = {**NETWORK, "resampler": {"width": 192, "depth": 2, "heads": 4, "dim_head": 48, "ff_mult": 3}}
+IP_NETWORK = {**NETWORK, "resampler": {"width": 208, "depth": 2, "heads": 4, "dim_head": 52, "ff_mult": 3}}
 # no identity word is ever said, and half of the others are missing: what the text leaves open, the gate decides
 DROPPED = {**dict.fromkeys(IDENTITY, 1.0), **dict.fromkeys(STAGING, 0.5), "subject": 0.1}
 TRAINING = {

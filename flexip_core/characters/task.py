@@ -32,7 +32,7 @@ REFERENCES_IN_OWN_STYLE = 0.8  # a reference in ink tells no colours
 
 def make(device: str, home: str) -> Task:
     world = load_world(Path(home)).to(device)
-    return Task(world, CharacterPairs(drawings.load(Path(home) / files.DRAWINGS)))
+    return Task(world, CharacterPairs(drawings.load(Path(home) / files.DRAWINGS).to(device)))
 
 
 class CharacterBase:

@@ -226,3 +226,12 @@ def test_unknown_runs_and_missing_files_are_told(tmp_path):
         runs.adapters_file(tmp_path, "ip", 1)
     with pytest.raises(ValueError, match="There is no .*judge.safetensors yet"):
         files.load(judge.Judge(), tmp_path / files.JUDGE)
+
+
+def test_the_ip_adapter_is_of_equal_size(home):
+    world, pairs, _ = task.make("cpu", str(home))
+    sizes = {
+        name: sum(p.numel() for p in Trainer(runs.config(name, 1, home), world, pairs).parameters.values())
+        for name in ("outputs-jitter", runs.BASELINE)
+    }
+    assert sizes[runs.BASELINE] == pytest.approx(sizes["outputs-jitter"], rel=0.1)
