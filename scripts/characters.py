@@ -85,6 +85,9 @@ def parse() -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=REPO / ".flexip" / "characters", help="default: %(default)s")
     parser.add_argument(
+        "--save-every", type=int, default=100, help="steps between states of a training (default: %(default)s)"
+    )
+    parser.add_argument(
         "--device", default="cpu", help="cuda takes minutes where a CPU takes hours (default: %(default)s)"
     )
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -142,7 +145,7 @@ def train_judge(options: Options) -> None:
         torch.manual_seed(judge.PLAN.seed)
         model = judge.Judge().to(options.device)
     run = Run(judge.PLAN, model, judge.JudgeLoss(layers, judge.PLAN.batch))
-    for done in run.until_done(options.home / files.JUDGE_STATE):
+    for done in run.until_done(options.home / files.JUDGE_STATE, save_every=options.save_every):
         if done % JUDGED_EVERY == 0 or done == judge.PLAN.steps:
             files.save(run.average, options.home / files.JUDGE)
             report_judge(options.home, layers)
@@ -184,7 +187,8 @@ def train_base(options: Options) -> None:
     model = base.new_generator(base.PLAN.seed).to(options.device)
     run = Run(base.PLAN, model, base.BaseLoss(layers, codec, base.PLAN.batch))
     (options.home / "samples").mkdir(exist_ok=True)
-    for done in run.until_done(options.home / files.BASE_STATE):
+    for done in run.until_done(options.home / files.BASE_STATE, save_every=options.save_every):
+        files.save(run.average, options.home / files.BASE_AVERAGE, half=True)
         if done % options.sample_every == 0 or done == base.PLAN.steps:
             average = files.with_weights(base.new_generator(0), run.average).to(options.device)
             sheet(average, codec, layers).save(options.home / "samples" / f"base_{done:05d}.png")
@@ -199,7 +203,7 @@ def make_encoders(options: Options) -> None:
         files.save(encoders.make_dino(pictures).model.state_dict(), options.home / files.DINO_FILE)
     plan = encoders.PLAN
     run = Run(plan, encoders.untrained(plan.seed).to(options.device), encoders.ContrastLoss(layers, plan.batch))
-    for done in run.until_done(options.home / files.CLIP_STATE):
+    for done in run.until_done(options.home / files.CLIP_STATE, save_every=options.save_every):
         if done == plan.steps:
             task.save_contrast(run.average, options.home)
             clip = task.load_contrast(options.home).to(options.device)
