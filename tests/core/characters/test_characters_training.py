@@ -22,7 +22,7 @@ from flexip_core.characters import (
     task,
     words,
 )
-from flexip_core.characters.architecture import COMFYUI_UNET, UNET, WIDTHS
+from flexip_core.characters.architecture import UNET
 from flexip_core.characters.codec import Codec
 from flexip_core.characters.render import render
 from flexip_core.characters.run import Plan, Run, average_of, state_of
@@ -212,11 +212,6 @@ def test_prompts_of_a_sweep_name_what_the_reference_does_not_show(layers):
     assert words.in_words(opened.captions[0]) == "a person"
     styled = scores.tests_for(setup, "styled", layers)
     assert (styled.wanted["style"] != styled.seen["style"]).all()
-
-
-def test_comfyui_gets_the_same_network(home):
-    assert COMFYUI_UNET["model_channels"] * COMFYUI_UNET["channel_mult"][-1] == WIDTHS[-1]
-    assert len(COMFYUI_UNET["transformer_depth_output"]) == 2 * len(WIDTHS)
 
 
 def test_unknown_runs_and_missing_files_are_told(tmp_path):
