@@ -65,11 +65,8 @@ def make(package: Path) -> Drawings:
     layers = {}
     for group, names in LAYERS.items():
         place = re.search(rf'<g transform="([^"]+)">\$\{{[^}}]*?components\.{group}\)', source)
-        drawn = dict(
-            re.findall(
-                r"(\w+): \(components, colors\) => `([^`]*)`", _read(package / "lib" / "components" / f"{group}.js")
-            )
-        )
+        script = _read(package / "lib" / "components" / f"{group}.js")
+        drawn = dict(re.findall(r"(\w+): \(components, colors\) => `([^`]*)`", script))
         missing = set(names) - set(drawn) - {NONE}
         if place is None or missing:
             raise ValueError(f"{package} is not {PACKAGE} {VERSION}: it has no {', '.join(sorted(missing)) or group}.")
@@ -93,7 +90,9 @@ def save(drawings: Drawings, path: Path) -> None:
 
 
 def load(path: Path) -> Drawings:
-    """ValueError if the file holds other drawings than this version of the world wants."""
+    """ValueError if there is no such file, or if it holds other drawings than this version of the world wants."""
+    if not path.is_file():
+        raise ValueError(f"There is no {path} yet; make it with scripts/characters.py drawings.")
     with np.load(path, allow_pickle=False) as file:
         layers = {group: torch.from_numpy(file[group]) for group in LAYERS if group in file}
     for group, names in LAYERS.items():
