@@ -45,6 +45,7 @@ NOT_FAST = (
     "core/files/test_check_weights.py",
     "core/files/test_fuzz_files.py",
     "core/files/test_fuzz_pickles.py",
+    "core/characters/test_characters_training.py",
     "core/mini_world",
     "core/training/test_training_background.py",
     "core/training/test_training_loop.py",

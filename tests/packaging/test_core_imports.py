@@ -29,6 +29,7 @@ RULES = {
     "integrations": ("network", "pictures", "files", "encoders"),
     "training": ("network", "pictures", "files", "encoders", "integrations"),
     "mini_world": ("network", "pictures", "run", "files", "encoders", "measuring", "training"),
+    "characters": ("network", "pictures", "files", "encoders", "measuring", "training"),
     "evaluation": ("network", "pictures", "run", "files", "encoders", "measuring", "training", "mini_world"),
     "nodes": ("network", "pictures", "run", "files", "encoders", "measuring", "training", "mini_world"),
 }
