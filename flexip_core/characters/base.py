@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..training.losses import add_noise
+from ..training.losses import add_noise, min_snr_weights, prediction_target
+from ..training.sampling import ddim
 from . import scenes
 from .architecture import CHANNELS, GRID, TEXT_WIDTH, UNET, alphas_cumprod
 from .codec import Codec
@@ -37,12 +38,12 @@ class Generator(nn.Module):
         return self.unet(latents, timesteps, encoder_hidden_states=tokens, return_dict=False)[0].float()
 
 
-def make_unet(kind: type | None = None) -> nn.Module:
+def make_unet() -> nn.Module:
     """diffusers' class with plain attention: for so few tokens it is twice as fast on a CPU as the fused one."""
     from diffusers import UNet2DConditionModel  # not needed for anything that runs in ComfyUI
     from diffusers.models.attention_processor import AttnProcessor
 
-    unet = (kind or UNet2DConditionModel)(**UNET)
+    unet = UNet2DConditionModel(**UNET)
     unet.set_attn_processor(AttnProcessor())
     return unet
 
@@ -62,8 +63,7 @@ class BaseLoss:
     def __init__(self, drawings: Drawings, codec: Codec, batch: int):
         self.drawings, self.codec, self.batch = drawings, codec, batch
         self.alphas_cumprod = alphas_cumprod().to(drawings.device)
-        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
-        self.weights = 2 * snr.clamp(max=MIN_SNR) / (snr + 1)
+        self.weights = 2 * min_snr_weights(self.alphas_cumprod, MIN_SNR, "v")
 
     def __call__(self, model: Generator, g: torch.Generator) -> Tensor:
         device = self.drawings.device
@@ -74,10 +74,9 @@ class BaseLoss:
         timesteps = torch.randint(len(self.weights), (self.batch,), generator=g).to(device)
         noise = torch.randn(latents.shape, generator=g).to(device)
         kept = self.alphas_cumprod[timesteps]
-        a = kept.view(-1, 1, 1, 1)
         with torch.autocast(device.type, torch.bfloat16):
             predicted = model(add_noise(latents, noise, kept), timesteps, model.text(captions))
-        error = predicted - (a.sqrt() * noise - (1 - a).sqrt() * latents)
+        error = predicted - prediction_target("v", latents, noise, kept)
         channels = self.codec.weights
         squares = (error.square().mean((2, 3)) + MEAN_WEIGHT * error.mean((2, 3)).square()) * channels
         return (squares.mean(1) * self.weights[timesteps]).mean()
@@ -96,16 +95,14 @@ def dropped(captions: Tensor, g: torch.Generator) -> Tensor:
 def draw(model: Generator, codec: Codec, captions: Tensor, noise: Tensor, steps: int = 20, cfg: float = 2.0) -> Tensor:
     """n captions, noise (n, c, h, w) -> pictures in -1..1: the bare base, DDIM and classifier-free guidance."""
     device = codec.mean.device
-    latents, kept = noise.to(device), alphas_cumprod().to(device)
     tokens = model.text(torch.cat([captions, torch.zeros_like(captions)]).to(device))
-    times = torch.linspace(len(kept) - 1, 0, steps + 1).round().long()[:-1].to(device)
-    kept = torch.cat([kept[times], kept.new_ones(1)])
-    for time, a, after in zip(times, kept, kept[1:]):
+
+    def predicted(latents: Tensor, timestep: Tensor, done: float) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            positive, negative = model(torch.cat([latents, latents]), time, tokens).chunk(2)
-        v = negative + cfg * (positive - negative)
-        clean = a.sqrt() * latents - (1 - a).sqrt() * v
-        latents = after.sqrt() * clean + (1 - after).sqrt() * ((1 - a).sqrt() * latents + a.sqrt() * v)
+            positive, negative = model(torch.cat([latents, latents]), timestep, tokens).chunk(2)
+        return negative + cfg * (positive - negative)
+
+    latents = ddim(predicted, noise.to(device), alphas_cumprod().to(device), steps, "v")
     return codec.decode(latents).clamp(-1, 1)
 
 

@@ -6,7 +6,6 @@ Shape legend: n pictures.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -39,6 +38,7 @@ class CharacterBase:
     """flexip_core.training.base.Base for the world: the frozen base and the encoders of references."""
 
     name = NAME
+    prediction = "v"
     text_width = TEXT_WIDTH
     clip, dino = CLIP, DINO
 
@@ -67,7 +67,7 @@ class CharacterBase:
     def empty_text(self) -> Text:
         return self.encode_text(torch.zeros(1, len(SLOTS), dtype=torch.long))
 
-    def added_conditions(self, text: Text, latents: Tensor) -> None:
+    def added_conditions(self, text: Text, latents: Tensor, sizes: Tensor | None = None) -> None:
         return None
 
     def to_latents(self, pictures: Tensor) -> Tensor:
@@ -80,24 +80,6 @@ class CharacterBase:
         clip, dino = self.towers
         pictures = references.to(self.device)
         return {"cls": clip(pixels_for(clip, pictures)), "patches": dino(pixels_for(dino, pictures))}
-
-
-def make_noise_unet() -> nn.Module:
-    """The base's UNet as the trainer and its sampler want one: v inside, the noise outside.
-
-    ComfyUI needs nothing of the kind: its V_PREDICTION models do the same.
-    """
-    from diffusers import UNet2DConditionModel
-
-    schedule = alphas_cumprod()
-
-    class NoiseUNet(UNet2DConditionModel):
-        def forward(self, sample: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-            v = super().forward(sample, timestep, *args, **kwargs)[0].float()
-            a = schedule.to(sample.device)[timestep].view(-1, 1, 1, 1)
-            return ((1 - a).sqrt() * sample + a.sqrt() * v,)
-
-    return base.make_unet(NoiseUNet)
 
 
 class CharacterPairs:
@@ -130,11 +112,9 @@ class CharacterPairs:
 def load_world(home: Path) -> CharacterBase:
     """From a folder that scripts/characters.py filled."""
     generator = files.load(base.new_generator(0), home / files.BASE)
-    unet = make_noise_unet()
-    unet.load_state_dict(generator.unet.state_dict())
     codec = files.load(Codec(), home / files.CODEC)
     clip, dino = load_tower(CLIP, home / files.CLIP_FILE), load_tower(DINO, home / files.DINO_FILE)
-    return CharacterBase(unet, generator.text, codec, clip, dino)
+    return CharacterBase(generator.unet, generator.text, codec, clip, dino)
 
 
 def load_contrast(home: Path) -> Contrast:
