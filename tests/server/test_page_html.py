@@ -136,7 +136,12 @@ def prompt(prefix: str, only: tuple[str, ...] = ()) -> dict:
 
 
 TRAIN = {
-    **{"run": "hostile_words", "checkpoint": mini.MINI_BASE, "clip_vision": mini.MINI_CLIP_FILE, "dino": mini.MINI_DINO_FILE},
+    **{
+        "run": "hostile_words",
+        "checkpoint": mini.MINI_BASE,
+        "clip_vision": mini.MINI_CLIP_FILE,
+        "dino": mini.MINI_DINO_FILE,
+    },
     **{"data": DATA, "steps": 1, "batch": 1, "size": 64, "learning_rate": 1e-4, "seed": 0},
 }
 
