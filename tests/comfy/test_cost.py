@@ -1,4 +1,4 @@
-"""What FlexIP adds to one UNet call, counted: the bars of the README's benchmark table, on the real block layout."""
+"""What FlexIP adds to one UNet call, counted: the bars of the table in docs/benchmarks.md, on the real block layout."""
 
 import sys
 from pathlib import Path

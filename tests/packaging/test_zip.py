@@ -20,7 +20,7 @@ from server import ComfyServer
 from flexip_core.evaluation.workflow import set_inputs, to_prompt
 
 ENTRIES = {
-    ".comfyignore", ".gitignore", "LICENSE", "README.md", "__init__.py", "flexip_core", "locales", "nodes", "pyproject.toml",
+    ".comfyignore", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "flexip_core", "locales", "nodes", "pyproject.toml",
     "requirements.txt", "scripts", "web", "workflows",
 }  # fmt: skip
 PARTS = {

@@ -76,7 +76,7 @@ def theirs_after_ours(model: Any, link: Any, theirs: Any) -> Any:
 
 
 def error(got: torch.Tensor, expected: torch.Tensor, what: str) -> float:
-    """Printed too, with -s or -rP: the numbers for the README."""
+    """Printed too, with -s or -rP: the numbers for docs/works_with.md."""
     value = tiny.relative_error(got, expected)
     print(f"{what}: {value:.1e}")
     return value
