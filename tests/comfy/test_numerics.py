@@ -216,7 +216,7 @@ def test_weights_in_fp8_through_comfyuis_own_loader(tmp_path):
 
 SOURCES = [*Path(REPO, "nodes").glob("*.py"), *Path(REPO, "flexip_core").rglob("*.py")]
 # device names are arguments of the people who train and measure
-COMMANDS = ("training", "evaluation", "mini_world", "integrations")
+COMMANDS = ("training", "evaluation", "mini_world", "characters", "integrations")
 
 
 def sources() -> list[Path]:
