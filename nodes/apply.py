@@ -18,7 +18,15 @@ from . import notices, runtime
 from .checks import check_numbers
 from .errors import named
 from .load import LoadedAdapters
-from .types import START_MENU, FlexIPAdapters, FlexIPBlockStrengths, FlexIPGate, FlexIPReference
+from .types import (
+    START_MENU,
+    FlexIPAdapters,
+    FlexIPBlockStrengths,
+    FlexIPGate,
+    FlexIPReference,
+    gate_input,
+    strength_input,
+)
 
 NODE = "ApplyFlexIPGate"
 
@@ -50,23 +58,10 @@ class ApplyFlexIPGate(io.ComfyNode):
                     tooltip="From Load FlexIP Adapters. Usually not needed: a reference brings its adapters along; only one loaded from a file does not.",
                 ),
                 FlexIPReference.Input("reference", tooltip="From Encode Reference."),
-                io.Float.Input(
-                    "gate",
-                    default=0.6,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip="1 keeps the subject as in the reference, 0 lets the prompt change it; in between it changes smoothly.",
+                gate_input(
+                    "1 keeps the subject as in the reference, 0 lets the prompt change it; in between it changes smoothly."
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=5.0,
-                    step=0.01,
-                    tooltip="How strongly the reference acts overall. 0 is the bare model.",
-                ),
+                strength_input("How strongly the reference acts overall. 0 is the bare model."),
                 io.Float.Input(
                     "start_percent",
                     default=0.0,

@@ -13,7 +13,7 @@ from ..flexip_core.run.chain import Own
 from ..flexip_core.run.reference import Reference, ReferenceSet
 from . import notices
 from .checks import check_numbers
-from .types import CONTROL_MENU, FlexIPGate, FlexIPReference
+from .types import CONTROL_MENU, FlexIPGate, FlexIPReference, gate_input, strength_input
 
 NODE = "FlexIPConditioning"
 OWN = "flexip"  # key in the conditioning's dict
@@ -38,22 +38,11 @@ class FlexIPConditioning(io.ComfyNode):
             ],
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The prompt, before or after Set Area and Set Mask."),
-                io.Float.Input(
-                    "gate",
-                    default=0.6,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip="1 keeps the subject, 0 lets this prompt change it; used instead of the gate on Apply FlexIP Gate.",
+                gate_input(
+                    "1 keeps the subject, 0 lets this prompt change it; used instead of the gate on Apply FlexIP Gate."
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=5.0,
-                    step=0.01,
-                    tooltip="How much the reference counts for this prompt, times the strength on Apply FlexIP Gate.",
+                strength_input(
+                    "How much the reference counts for this prompt, times the strength on Apply FlexIP Gate."
                 ),
                 FlexIPReference.Input(
                     "reference",

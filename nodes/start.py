@@ -12,7 +12,7 @@ from ..flexip_core.run.depth import NODE as BLOCKS
 from . import encode, files, found, load
 from .apply import NODE as APPLY
 from .found import Wanted
-from .types import START_MENU, FlexIPAdapters, FlexIPReference
+from .types import START_MENU, FlexIPAdapters, FlexIPReference, gate_input, strength_input
 
 NODE = "FlexIPStart"
 FLEXIP_FILE = "FlexIP file"
@@ -71,22 +71,9 @@ class FlexIPStart(io.ComfyNode):
                     default="subject",
                     tooltip="What gate 1 keeps. subject: whatever is shown. portrait: the face. whole look: everything, with a weaker likeness at 0. style only and layout: just that. FlexIP file: as the file was trained.",
                 ),
-                io.Float.Input(
-                    "gate",
-                    default=0.6,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip="1 keeps what the preset names, 0 lets the prompt decide; in between it changes smoothly.",
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=5.0,
-                    step=0.01,
-                    tooltip="How strongly the reference acts overall. With one file the gate does the same, so the page hides this.",
+                gate_input("1 keeps what the preset names, 0 lets the prompt decide; in between it changes smoothly."),
+                strength_input(
+                    "How strongly the reference acts overall. With one file the gate does the same, so the page hides this."
                 ),
                 io.Mask.Input(
                     "mask",

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .render import SIZE
 
 TEXT_WIDTH = 128
@@ -15,11 +12,8 @@ CHANNELS = 24
 GRID = SIZE // PATCH
 HEADS = 4
 # at least 64: both libraries normalise in 32 groups, and a channel that is a group of its own loses its mean
-WIDTHS = (
-    128,
-    128,
-    128,
-)  # fewer at 16 x 16 learn slower (measured at equal minutes); ComfyUI wants multiples of the first
+# fewer at 16 x 16 learn slower (measured at equal minutes); ComfyUI wants multiples of the first
+WIDTHS = (128, 128, 128)
 ATTENDS = (False, True, False)  # text is read at 8 x 8, and by the middle block at 4 x 4
 UNET = {
     "sample_size": GRID,
@@ -50,8 +44,3 @@ COMFYUI_UNET: dict[str, Any] = {
     "legacy": False,
     "use_temporal_attention": False,
 }
-
-
-def alphas_cumprod() -> Tensor:
-    """Stable Diffusion's schedule, (1000,)."""
-    return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square(), 0).float()

@@ -9,10 +9,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..training.losses import add_noise, min_snr_weights, prediction_target
+from ..training.losses import add_noise, min_snr_weights, prediction_target, stable_diffusion_schedule
 from ..training.sampling import ddim
 from . import scenes
-from .architecture import CHANNELS, GRID, TEXT_WIDTH, UNET, alphas_cumprod
+from .architecture import CHANNELS, GRID, TEXT_WIDTH, UNET
 from .codec import Codec
 from .drawings import Drawings
 from .render import render
@@ -62,7 +62,7 @@ class BaseLoss:
 
     def __init__(self, drawings: Drawings, codec: Codec, batch: int):
         self.drawings, self.codec, self.batch = drawings, codec, batch
-        self.alphas_cumprod = alphas_cumprod().to(drawings.device)
+        self.alphas_cumprod = stable_diffusion_schedule().float().to(drawings.device)
         self.weights = 2 * min_snr_weights(self.alphas_cumprod, MIN_SNR, "v")
 
     def __call__(self, model: Generator, g: torch.Generator) -> Tensor:
@@ -102,7 +102,7 @@ def draw(model: Generator, codec: Codec, captions: Tensor, noise: Tensor, steps:
             positive, negative = model(torch.cat([latents, latents]), timestep, tokens).chunk(2)
         return negative + cfg * (positive - negative)
 
-    latents = ddim(predicted, noise.to(device), alphas_cumprod().to(device), steps, "v")
+    latents = ddim(predicted, noise.to(device), stable_diffusion_schedule().float().to(device), steps, "v")
     return codec.decode(latents).clamp(-1, 1)
 
 

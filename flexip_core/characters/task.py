@@ -14,8 +14,9 @@ from torch import Tensor
 from ..encoders.towers import ClipTower, DinoTower, load_tower
 from ..training.base import Task, Text
 from ..training.data import ALL, VARIANT, Batch
+from ..training.losses import stable_diffusion_schedule
 from . import base, drawings, files, scenes
-from .architecture import TEXT_WIDTH, alphas_cumprod
+from .architecture import TEXT_WIDTH
 from .codec import Codec
 from .drawings import Drawings
 from .encoders import CLIP, DINO, Contrast, pixels_for, untrained
@@ -46,7 +47,7 @@ class CharacterBase:
         self.unet, self.text, self.codec, self.towers = unet, text, codec, (clip_tower, dino_tower)
         for module in self._modules():
             module.eval().requires_grad_(False)
-        self.alphas_cumprod = alphas_cumprod()
+        self.alphas_cumprod = stable_diffusion_schedule().float()
 
     def _modules(self) -> tuple[nn.Module, ...]:
         return (self.unet, self.text, self.codec, *self.towers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,11 +45,6 @@ COMFYUI_UNET: dict[str, Any] = {
     "legacy": False,
     "use_temporal_attention": False,
 }
-
-
-def alphas_cumprod() -> Tensor:
-    """Stable Diffusion's schedule, (1000,)."""
-    return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square(), 0).float()
 
 
 def to_latents(pictures: Tensor) -> Tensor:

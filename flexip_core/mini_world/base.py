@@ -25,9 +25,9 @@ from ..files.weights import read_header, read_tensors, write_atomically
 from ..training.base import Text
 from ..training.data import Captions
 from ..training.draws import generator
-from ..training.losses import add_noise, min_snr_weights, noise_loss
+from ..training.losses import add_noise, min_snr_weights, noise_loss, stable_diffusion_schedule
 from . import world
-from .architecture import TEXT_WIDTH, UNET, alphas_cumprod, to_latents, to_pictures
+from .architecture import TEXT_WIDTH, UNET, to_latents, to_pictures
 from .encoders import CLIP, DINO, pixels_for
 from .optimizer import learning_rate
 from .text import TextEncoder
@@ -61,7 +61,7 @@ class MiniBase:
         self.unet, self.text, self.towers = unet, text, (clip_tower, dino_tower)
         for module in (unet, text, *self.towers):
             module.eval().requires_grad_(False)
-        self.alphas_cumprod = alphas_cumprod()
+        self.alphas_cumprod = stable_diffusion_schedule().float()
 
     def to(self, device: str) -> MiniBase:
         for module in (self.unet, self.text, *self.towers):
@@ -116,7 +116,7 @@ class BaseRun:
         self.parameters = dict(self.model.named_parameters())
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=RATE, weight_decay=0.01, fused=True)
-        self.alphas_cumprod = alphas_cumprod()
+        self.alphas_cumprod = stable_diffusion_schedule().float()
         self.weights = min_snr_weights(self.alphas_cumprod, MIN_SNR)
 
     def step(self) -> float:

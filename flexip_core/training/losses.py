@@ -12,6 +12,12 @@ from .data import KINDS
 QUARTILES = 4
 
 
+def stable_diffusion_schedule() -> torch.Tensor:
+    """Stable Diffusion's alphas_cumprod (1000,), float64: betas whose roots grow in a line from 0.00085 to 0.012."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0)
+
+
 def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float, prediction: str = "epsilon") -> torch.Tensor:
     """min(SNR, gamma) per timestep over SNR for a model that predicts the noise ("epsilon"), over SNR + 1 for one that predicts the
     velocity ("v") (Hang et al. 2023, arXiv:2303.09556)."""

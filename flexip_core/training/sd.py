@@ -32,6 +32,7 @@ from .data import Captions
 from .dataset import open_store, scan
 from .entries import check_place, file_identity
 from .image_encoders import encoder_in
+from .losses import stable_diffusion_schedule
 from .probe import PictureProbe, choose_cases
 from .sd_configs import SIDE, UNET, VAE, Checkpoint, TextEncoder, read_checkpoint
 from .sources import make_source
@@ -60,8 +61,7 @@ class SDBase:
         self.name = checkpoint.family
         self.text_width = checkpoint.unet["cross_attention_dim"]
         (self.clip, self._clip_file), (self.dino, self._dino_file) = clip, dino
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        alphas = torch.cumprod(1 - betas, 0)
+        alphas = stable_diffusion_schedule()
         self.alphas_cumprod = (zero_snr(alphas) if checkpoint.zero_snr else alphas).float().to(device)
 
     @classmethod

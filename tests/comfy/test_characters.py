@@ -6,6 +6,7 @@ import comfy.supported_models
 import comfy.utils
 import torch
 from flexip_pack.flexip_core.characters import architecture, base
+from flexip_pack.flexip_core.training.losses import stable_diffusion_schedule
 
 
 class Config(comfy.supported_models.SD15):
@@ -36,4 +37,4 @@ def test_comfyui_computes_the_same_v_and_has_the_same_schedule():
         theirs = model.diffusion_model(latents, times, context=tokens)
     assert ours.std() > 0.1 and torch.allclose(theirs, ours, atol=1e-5)
     kept = 1 / (1 + model.model_sampling.sigmas.square())
-    assert torch.allclose(kept, architecture.alphas_cumprod(), rtol=1e-4)
+    assert torch.allclose(kept, stable_diffusion_schedule().float(), rtol=1e-4)

@@ -327,7 +327,9 @@ def test_another_base_encoder_data_or_size_is_refused_while_it_runs_and_when_it_
     monkeypatch.setattr(background, "start", START)
     put_run(place, cfg, 3)
     with background.locked(place.folder):
-        with pytest.raises(ValueError, match=rf"FlexIPTrain: .*already being trained, with other settings \(task.{name}: "):
+        with pytest.raises(
+            ValueError, match=rf"FlexIPTrain: .*already being trained, with other settings \(task.{name}: "
+        ):
             execute(**{name: others[name]})
     put_run(place, cfg, 10, finished=True)
     place.adapters.touch()
