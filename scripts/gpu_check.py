@@ -115,15 +115,18 @@ def outside(check: Check, options: argparse.Namespace) -> dict[str, Any]:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     said = [text for text in log.read_text(errors="replace").splitlines() if text.startswith(RESULT)]
+    late = "reason" in line  # then it has not passed, whatever it still said
     if said:
-        line |= json.loads(said[-1].removeprefix(RESULT))
-    elif "reason" not in line:
+        measured = json.loads(said[-1].removeprefix(RESULT))
+        line = measured | line if late else line | measured
+    elif not late:
         end = log.read_text(errors="replace").splitlines()[-3:]
         line["reason"] = f"It ended with code {process.returncode}: {' / '.join(end)}"
     return line | {"seconds": round(time.monotonic() - begin, 1)}
 
 
 def inside(options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with it ignored
     (name,) = options.only
     check = next(check for check in CHECKS if check.name == name)
     try:
