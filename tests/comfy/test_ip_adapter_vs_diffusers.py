@@ -418,14 +418,15 @@ def test_features_and_null_reference_equal_diffusers_encode_step(family, image_e
     known = next(f for f in ip_adapter.FAMILIES if f.name == family)
     need = FeatureNeed("preservation", CLIP, known.kind, 24 if known.kind == "embedding" else 32, known.null)
     levels = torch.randint(0, 256, (2, 56, 56, 3), generator=tiny.generator(8), dtype=torch.uint8)
-    ours, null, _ = encoders.features(need, str(tmp_path / "encoder.safetensors"), None, levels.float() / 255, {})
+    path = str(tmp_path / "encoder.safetensors")
+    (ours,), (null,) = (found.values() for found in encoders.features([need], path, None, levels.float() / 255, {})[:2])
     theirs, their_null = diffusers_encode(
         image_encoder, NARROW[family][0](*NARROW[family][1:]), [Image.fromarray(picture.numpy()) for picture in levels]
     )
     assert ours.shape == theirs.shape == null.shape and theirs.std() > 0.05
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(null, their_null, atol=1e-4, rtol=1e-4)
-    black = encoders.features(need, str(tmp_path / "encoder.safetensors"), None, torch.zeros(1, 56, 56, 3), {})[0]
+    (black,) = encoders.features([need], path, None, torch.zeros(1, 56, 56, 3), {})[0].values()
     assert (null[:1] - black).abs().max() > 1e-2, "the null reference is not a black picture"
     if known.kind == "penultimate":
         pixels = CLIPImageProcessor(do_resize=False, do_center_crop=False)(
